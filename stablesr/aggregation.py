@@ -98,7 +98,9 @@ def tile_starts(extent: int, tile: int, stride: int) -> list[int]:
     return [*range(0, last, stride), last]
 
 
+# What is cached is made outside inference mode, so that a run within it leaves nothing behind that autograd refuses.
 @cache
+@torch.inference_mode(False)
 def axis_window(side: int, centre: float) -> Tensor:
     """exp(-((k - centre) / side)^2 / (2 variance)) / sqrt(2 pi variance) for k = 0 ... side - 1; (side,), float64."""
     k = np.arange(side, dtype=np.float64)
@@ -107,6 +109,7 @@ def axis_window(side: int, centre: float) -> Tensor:
 
 
 @cache
+@torch.inference_mode(False)
 def gaussian_window(height: int, width: int) -> Tensor:
     """The weights of a tile, (height, width), float32.
 
@@ -131,7 +134,8 @@ class Prediction(NamedTuple):
         part = self.part.overlap(region)
         if part is None:
             return None
-        return Prediction(self.tile, part, self.values[(slice(None), *part.within(self.part))].contiguous().clone())
+        values = self.values[(slice(None), *part.within(self.part))]
+        return Prediction(self.tile, part, values.clone(memory_format=torch.contiguous_format))
 
 
 def blend(grid: TileGrid, region: Box, predictions: Sequence[Prediction]) -> Tensor:
@@ -147,15 +151,23 @@ def blend(grid: TileGrid, region: Box, predictions: Sequence[Prediction]) -> Ten
         canvas.
 
     Raises:
-        ValueError: if a tile is missing, there twice, or cropped to less than the region needs.
+        ValueError: if the region leaves the canvas, or a tile is missing, there twice, or cropped to less than the
+            region needs.
     """
+    if region.overlap(grid.canvas) != region:
+        raise ValueError(f"{region} is not within the canvas, {grid.canvas}")
     window = gaussian_window(grid.tile_height, grid.tile_width)
     expected = grid.touching(region)
     ordered = sorted(predictions, key=lambda prediction: (prediction.tile.left, prediction.tile.top))  # tile order
-    if [prediction.tile for prediction in ordered] != expected:
-        raise ValueError(f"{region} is covered by {len(expected)} tiles; {len(ordered)} others or too many were given")
+    given = [prediction.tile for prediction in ordered]
+    if given != expected:
+        missing = len(set(expected) - set(given))
+        raise ValueError(
+            f"{region} needs each of the {len(expected)} tiles that touch it once: "
+            f"{missing} are missing, {len(given) + missing - len(expected)} are too many"
+        )
     first = ordered[0].values
-    total = torch.zeros(first.shape[0], region.height, region.width, device=first.device)
+    total = torch.zeros(first.shape[0], region.height, region.width, dtype=torch.float32, device=first.device)
     for tile, part, values in ordered:
         wanted = tile.overlap(region)
         assert wanted is not None
@@ -178,8 +190,9 @@ def window_sum(grid: TileGrid, region: Box) -> Tensor:
 
 
 @cache
+@torch.inference_mode(False)
 def _axis_sum(extent: int, tile: int, overlap: int, centre: float) -> Tensor:
-    total = torch.zeros(extent, dtype=torch.float64)
+    total = torch.zeros(extent, dtype=torch.float64, device="cpu")
     for start in tile_starts(extent, tile, tile - overlap):
         total[start : start + tile] += axis_window(tile, centre)
     return total

@@ -193,7 +193,7 @@ PRESETS: dict[str, StableSRConfig] = {
             name="tiny",
             unet=UNetConfig(
                 width=64,
-                multipliers=(1, 2, 2, 2),
+                multipliers=(1, 1, 1, 1),
                 blocks_per_level=1,
                 attention_factors=(4,),
                 head_channels=32,
@@ -204,7 +204,7 @@ PRESETS: dict[str, StableSRConfig] = {
             time_encoder=TimeEncoderConfig(
                 width=64, multipliers=(1, 1, 1, 1), blocks_per_level=1, attention_factors=(), condition_channels=64
             ),
-            autoencoder=AutoencoderConfig(width=32, multipliers=(1, 2, 3, 3), blocks_per_level=1),
+            autoencoder=AutoencoderConfig(width=32, multipliers=(1, 2, 2, 2), blocks_per_level=1),
             cfw=CFWConfig(dense_blocks=1, growth=16),
             text=TextConfig(width=32, heads=2, layers=3),
             diffusion=DiffusionConfig(parameterization="v"),

@@ -67,4 +67,4 @@ def to_image_like(pixels: Tensor, image: NDArray[np.generic] | Tensor) -> NDArra
 def _dtype_name(image: NDArray[np.generic] | Tensor) -> str:
     if not isinstance(image, np.ndarray | Tensor):
         raise ValueError(f"an image must be a NumPy array or a torch tensor, not {type(image).__name__}")
-    return str(image.dtype).removeprefix("torch.")
+    return str(image.dtype).removeprefix("torch.") if isinstance(image, Tensor) else image.dtype.name

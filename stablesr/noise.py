@@ -55,7 +55,9 @@ def noise(seed: int, layer: int, step: int, box: Box, channels: int = 4) -> Tens
 
 
 def _cell(seed: int, layer: int, step: int, row: int, column: int, channels: int) -> NDArray[np.float32]:
-    philox = np.random.Philox(key=[seed, layer], counter=[0, column, row, step])
+    # As arrays: of a list, NumPy makes float64 where numbers on either side of 2^63 meet, and the seed loses its end.
+    key, counter = np.array([seed, layer], dtype=np.uint64), np.array([0, column, row, step], dtype=np.uint64)
+    philox = np.random.Philox(key=key, counter=counter)
     bits = philox.random_raw(channels * NOISE_CELL * NOISE_CELL)
     return normal_quantile(bits).astype(np.float32).reshape(channels, NOISE_CELL, NOISE_CELL)
 

@@ -203,7 +203,7 @@ class _Mapping(dict):
 
     def __new__(cls, *factory: Any) -> "_Mapping":
         # Contents come by SETITEMS; a constructor that copied its argument could be called a million times on a big one
-        if len(factory) > 1 or not all(f is None or f in _FACTORIES for f in factory):
+        if len(factory) > 1 or not all(any(f is safe for safe in _FACTORIES) for f in factory):
             raise _Refusal("builds a mapping with arguments")
         return super().__new__(cls)
 
@@ -219,7 +219,7 @@ def _inert(name: str) -> type[_Inert]:
 
 
 _BUILTINS = {name: _inert(name) for name in ("builtins.list", "builtins.dict", "builtins.int", "builtins.float")}
-_FACTORIES = frozenset(_BUILTINS.values())
+_FACTORIES = (None, *_BUILTINS.values())
 
 GLOBALS: dict[str, Any] = {
     "torch._utils._rebuild_tensor": _Function(_rebuild_tensor),
@@ -250,13 +250,17 @@ GLOBALS: dict[str, Any] = {
 """All a weight file may name, and what it gets: never the thing itself."""
 
 
+_NAMES_IN_PROTOCOL_2 = {"__builtin__": "builtins", "copy_reg": "copyreg", "commands": "subprocess"}
+"""torch.save writes protocol 2, in which some modules have the names of Python 2."""
+
+
 class _Unpickler(pickle.Unpickler):
     def __init__(self, pickled: bytes, archive: "_Archive") -> None:
         super().__init__(io.BytesIO(pickled))
         self._archive = archive
 
     def find_class(self, module: str, name: str) -> Any:
-        module = "builtins" if module == "__builtin__" else module  # what protocol 2 calls it
+        module = _NAMES_IN_PROTOCOL_2.get(module, module)
         try:
             return GLOBALS[f"{module}.{name}"]
         except KeyError:

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 import stablesr
-from stablesr import cli, hub
+from stablesr import hub
+from stablesr.checkpoint import __main__ as cli
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -68,7 +69,7 @@ def test_the_commands_of_the_readme_are_understood(command: list[str], monkeypat
     asked = []
     monkeypatch.setattr(hub, "pull", lambda preset, **_: asked.append("pull") or [])
     monkeypatch.setattr(cli, "convert", lambda *_: asked.append("convert"))
-    assert cli.run(command) == 0
+    assert cli.main(command) == 0
     assert asked == command[:1]
 
 

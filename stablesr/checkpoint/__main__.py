@@ -15,7 +15,7 @@ from stablesr.errors import StableSRError
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def run(arguments: Collection[str] | None = None) -> int:
+def main(arguments: Collection[str] | None = None) -> int:
     """Parse and do; user errors are one line on stderr and exit code 2."""
     parser = argparse.ArgumentParser(
         prog="python -m stablesr.checkpoint",
@@ -60,3 +60,7 @@ def run(arguments: Collection[str] | None = None) -> int:
 def _show_progress(done: int, total: int | None) -> None:
     share = f" of {total / 1e9:.2f} GB, {done / total:.0%}" if total else ""
     print(f"\r{done / 1e9:.2f} GB{share}", end="\n" if done == total else "", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

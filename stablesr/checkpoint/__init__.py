@@ -11,7 +11,7 @@ architecture as JSON in the header. The released weights are under the S-Lab Lic
 import json
 import os
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -272,14 +272,3 @@ def fill(module: nn.Module, tensors: Mapping[str, LazyTensor], device: torch.dev
         layout = torch.channels_last if tensor.ndim == 4 else torch.contiguous_format
         state[key] = tensor.to(device, dtype, memory_format=layout, copy=True)
     module.load_state_dict(state, strict=True, assign=True)
-
-
-def main(arguments: Collection[str] | None = None) -> int:
-    """The command line of this module; returns the exit code."""
-    from stablesr.cli import run
-
-    return run(arguments)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
