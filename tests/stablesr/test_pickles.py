@@ -1,6 +1,7 @@
 """Weight files: what torch.save wrote comes back bit for bit; what could run does not; what is damaged says so."""
 
 import collections
+import copyreg
 import io
 import os
 import pickle
@@ -23,7 +24,9 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int
 DTYPES += [torch.int8, torch.uint8, torch.bool]
 
 
-def write_zip(path: Path, pickled: bytes, storages: dict[str, bytes] | None = None, method: int = 0, **more: str) -> Path:
+def write_zip(
+    path: Path, pickled: bytes, storages: dict[str, bytes] | None = None, method: int = 0, **more: str
+) -> Path:
     """A checkpoint as torch.save lays it out, with any pickle in it."""
     with zipfile.ZipFile(path, "w", method) as archive:
         archive.writestr("archive/data.pkl", pickled)
@@ -143,7 +146,9 @@ def test_a_lightning_checkpoint_gives_its_state_dict(tmp_path: Path, monkeypatch
     lightning = {
         "epoch": 117,
         "pytorch-lightning_version": "1.4.2",
-        "callbacks": {fakes["ModelCheckpoint"]: {"best": np.float32(0.5), "seen": {1, 2}, "device": torch.device("cpu")}},
+        "callbacks": {
+            fakes["ModelCheckpoint"]: {"best": np.float32(0.5), "seen": {1, 2}, "device": torch.device("cpu")}
+        },
         "objects": [checkpoint, hyper, collections.defaultdict(dict, a={}), torch.Size([1, 2]), np.float64(2)],
         "optimizer_states": [{"state": {0: {"exp_avg": torch.ones(3)}}}],
         "state_dict": collections.OrderedDict(w=torch.arange(3.0), n=torch.tensor(5)),
@@ -169,7 +174,10 @@ def test_safetensors_are_read(tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_two_gigabytes_open_without_memory(tmp_path: Path) -> None:
     n_bytes = 2 * 2**30
-    path = write_zip(tmp_path / "big.ckpt", dumps({"w": tensor(0, (2**29,), (1,), Storage(numel=2**29))}), {"0": b""})
+    pickled = dumps({"w": tensor(0, (2**29,), (1,), Storage(numel=2**29))})
+    # aligned as torch.save aligns: 30 bytes of header and the name stand before the contents of a member
+    pickled += b"\0" * (-(len(pickled) + 30 + len("archive/data.pkl") + 30 + len("archive/data/0")) % 64)
+    path = write_zip(tmp_path / "big.ckpt", pickled, {"0": b""})
     _stretch_last_member(path, n_bytes)
     script = (
         "import sys, resource, torch\n"
@@ -206,9 +214,6 @@ def _stretch_last_member(path: Path, n_bytes: int) -> None:
 
 # ---- what could run --------------------------------------------------------------------------------------------------
 
-MARKER = "MARKER"
-"""Stands for a path; whatever runs would make a file there."""
-
 
 def evil_calls(marker: str) -> dict[str, tuple[object, str]]:
     """Objects that would make the file `marker` if unpickled, and the name an error must give."""
@@ -219,9 +224,9 @@ def evil_calls(marker: str) -> dict[str, tuple[object, str]]:
         "exec": (Call(exec, touch), "builtins.exec"),
         "open": (Call(open, marker, "w"), "io.open"),
         "subprocess": (Call(subprocess.call, ["touch", marker]), "subprocess.call"),
-        "getattr": (Call(getattr, os, "system"), "builtins.getattr"),
+        "getattr": (Call(getattr, Call(__import__, "os"), "system"), "builtins.getattr"),
         "torch.load": (Call(torch.load, marker), "torch.serialization.load"),
-        "copyreg": (Call(__import__("copyreg").__newobj__, dict), "copyreg.__newobj__"),
+        "copyreg": (Call(copyreg._reconstructor, dict, object, None), "copyreg._reconstructor"),
         "torch.hub": (Call(torch.hub.load, "a/b", "c"), "torch.hub.load"),
         "numpy.load": (Call(np.load, marker), "numpy.load"),
     }
@@ -232,20 +237,10 @@ def marker(tmp_path: Path) -> Path:
     return tmp_path / "it-ran"
 
 
-def getattr_is_not_picklable(thing: object) -> bool:
-    try:
-        dumps(thing)
-    except Exception:
-        return True
-    return False
-
-
 @pytest.mark.parametrize("where", ["state_dict", "optimizer_states", "key-of-a-callback", "argument-of-a-tensor"])
 @pytest.mark.parametrize("name", evil_calls(""))
 def test_a_call_is_refused_by_name_and_does_not_run(tmp_path: Path, marker: Path, name: str, where: str) -> None:
     evil, said = evil_calls(str(marker))[name]
-    if name == "getattr":  # modules do not pickle, but a pickle can name one: getattr, "import os" and all
-        evil = Call(getattr, "os", "system")
     good = {"w": tensor()}
     whole = {
         "state_dict": {"state_dict": {"w": evil}},
@@ -316,7 +311,9 @@ def test_state_cannot_be_written_into_the_table_of_names(tmp_path: Path) -> None
         assert not hasattr(after, "x")
 
 
-TUPLES = b"\x80\x02)q\x00" + b"".join(b"h" + bytes([i]) + b"h" + bytes([i]) + b"\x86q" + bytes([i + 1]) for i in range(60))
+TUPLES = b"\x80\x02)q\x00" + b"".join(
+    b"h" + bytes([i]) + b"h" + bytes([i]) + b"\x86q" + bytes([i + 1]) for i in range(60)
+)
 """t = (t, t), sixty times: 2**60 steps to hash."""
 
 
@@ -324,7 +321,7 @@ TUPLES = b"\x80\x02)q\x00" + b"".join(b"h" + bytes([i]) + b"h" + bytes([i]) + b"
     ("pickled", "reason"),
     [
         pytest.param(TUPLES + b"}h\x3cK\x01s.", "nests a tuple", id="exponential-hash"),
-        pytest.param(b"\x80\x02" + b"]" * 200_000 + b"a" * 199_999 + b".", "no state_dict", id="deep-lists"),
+        pytest.param(b"\x80\x02" + b"]" * 50_000 + b"a" * 49_999 + b".", "no state_dict", id="deep-lists"),
         pytest.param(b"\x80\x02)" + b"\x85" * 200_000 + b".", "nests a tuple", id="deep-tuples"),
         pytest.param(b"\x80\x02]r\xff\xff\xff\x7f.", "memo slot", id="memo-of-32-gigabytes"),
         pytest.param(b"\x80\x04\x8e" + (2**60).to_bytes(8, "little") + b".", "malformed", id="bytes-of-an-exabyte"),
@@ -382,7 +379,7 @@ def test_flipped_bytes_raise_checkpoint_errors_or_nothing(tmp_path: Path) -> Non
     assert refused > len(whole) / 4
 
 
-@pytest.mark.parametrize("n_bytes", [0, 5, 30, 120, 207])
+@pytest.mark.parametrize("n_bytes", [0, 5, 30, 120, 199])
 def test_truncated_safetensors_are_refused(tmp_path: Path, n_bytes: int) -> None:
     path = tmp_path / "w.safetensors"
     safetensors.torch.save_file({"w": torch.arange(32.0)}, path)
@@ -469,7 +466,7 @@ def test_paths_that_are_no_files(tmp_path: Path) -> None:
 def test_a_zip_that_is_no_checkpoint(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "w.ckpt", "w") as archive:
         archive.writestr("readme.txt", "hello")
-    with pytest.raises(CheckpointError, match="not of torch.save"):
+    with pytest.raises(CheckpointError, match=r"not of torch\.save"):
         read_state_dict(tmp_path / "w.ckpt")
 
 
