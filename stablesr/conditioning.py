@@ -3,6 +3,7 @@
 SPADE (arXiv:1903.07291), used by StableSR as its spatial feature transformation (section 3.1, eq. 3).
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -37,4 +38,5 @@ class SPADE(nn.Module):
         if repeats > 1:
             gamma_beta = gamma_beta.repeat(repeats, 1, 1, 1)
         gamma, beta = gamma_beta.chunk(2, dim=1)
-        return self.norm(h) * (1 + gamma) + beta
+        h = self.norm(h)
+        return torch.addcmul(h + beta, h, gamma)

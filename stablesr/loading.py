@@ -18,7 +18,11 @@ class UntrainedWeights(UserWarning):
 
 
 def load(
-    name_or_path: str | Path = "tiny", device: str | torch.device | None = None, dtype: torch.dtype | None = None
+    name_or_path: str | Path = "tiny",
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    *,
+    compiled: bool = False,
 ) -> StableSR:
     """A StableSR with weights.
 
@@ -28,6 +32,7 @@ def load(
             are downloaded and converted once, under the S-Lab License 1.0 (non-commercial).
         device: where the networks live; None for a GPU if there is one, else the CPU.
         dtype: what the networks compute in; None for bfloat16 on a GPU, float32 elsewhere.
+        compiled: whether UNet and time-aware encoder are compiled: slow in the first picture, faster after it.
 
     Raises:
         ValueError: if there is no such preset or file.
@@ -36,15 +41,19 @@ def load(
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-    if str(name_or_path) in PRESETS:
-        config = PRESETS[str(name_or_path)]
-        if config.name == "tiny":
-            return _load_embedded(config, device, dtype)
-        return _load_file(_converted(config, dtype), device, dtype)
-    path = Path(name_or_path)
-    if not path.is_file():
-        raise ValueError(f"{name_or_path!r} is neither a file nor one of the presets {', '.join(PRESETS)}")
-    return _load_file(path, device, dtype)
+    if str(name_or_path) == "tiny":
+        model = _load_embedded(PRESETS["tiny"], device, dtype)
+    elif str(name_or_path) in PRESETS:
+        model = _load_file(_converted(PRESETS[str(name_or_path)], dtype), device, dtype)
+    elif Path(name_or_path).is_file():
+        model = _load_file(Path(name_or_path), device, dtype)
+    else:
+        raise ValueError(f"{str(name_or_path)!r} is neither a file nor one of the presets {', '.join(PRESETS)}")
+    if compiled:
+        model.compile_networks()
+    elif device.type == "cpu":
+        model.pack()
+    return model
 
 
 def _load_embedded(config: StableSRConfig, device: torch.device, dtype: torch.dtype) -> StableSR:

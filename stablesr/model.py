@@ -18,6 +18,7 @@ from stablesr.color import adain_correction, channel_statistics, wavelet_correct
 from stablesr.config import StableSRConfig
 from stablesr.images import from_image, to_image_like
 from stablesr.noise import POSTERIOR, START, noise
+from stablesr.packing import can_pack, pack_convolutions
 from stablesr.resize import reflect_to, upscale_bicubic
 from stablesr.samplers import Step, ddim_steps, ddpm_steps, guide, take_step
 from stablesr.schedule import Schedule, add_noise, full_schedule
@@ -91,8 +92,13 @@ class StableSR(nn.Module):
         """Pixels a side of one latent; 8 in every published model."""
         return self.config.autoencoder.factor
 
+    def pack(self) -> None:
+        """Lay out the weights of all convolutions for inference on a CPU, where this PyTorch can; for good."""
+        if can_pack():
+            pack_convolutions(self)
+
     def compile_networks(self) -> None:
-        """Compile UNet and time-aware encoder for the shapes they will be called with; the first call is slow."""
+        """Compile UNet and time-aware encoder, not packed, for the shapes of their first calls, which are slow."""
         self.unet.compile(dynamic=False)
         self.time_encoder.compile(dynamic=False)
 

@@ -6,7 +6,7 @@ chunks, faults included, is replayed here, around our functions, so that whole p
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +24,7 @@ from stablesr.config import (
     AutoencoderConfig,
     CFWConfig,
     DiffusionConfig,
+    Parameterization,
     StableSRConfig,
     TextConfig,
     TimeEncoderConfig,
@@ -111,10 +112,10 @@ class Adapter:
         self.tower.load_state_dict({k.removeprefix("text."): v for k, v in ours.items() if k.startswith("text.")})
         model_state = {k: v for k, v in ours.items() if not k.startswith("text.")}
         self.model.load_state_dict(model_state | {"null_context": self.tower(tokenize([""]))})
-        self.model.to(memory_format=torch.channels_last)
+        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # PyTorch's stubs lack it
 
     @torch.inference_mode()
-    def run(self, op: str, params: dict[str, Any], inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray] | None:
+    def run(self, op: str, params: dict[str, Any], inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         given = {name: torch.from_numpy(np.asarray(value)) for name, value in inputs.items()}
         answer = getattr(self, f"op_{op}")(params, **given)
         return {name: np.asarray(value) for name, value in answer.items()}
@@ -237,7 +238,7 @@ class Adapter:
         return ours
 
     def op_submodule(self, params: Arrays, x: Tensor, **others: Tensor) -> Arrays:
-        module = self._submodule(params["checkpoint"], params["prefix"])
+        module: Any = self._submodule(params["checkpoint"], params["prefix"])
         kind = params["kind"]
         if kind == "spatial_transformer":
             return {"out": module(x, module.keys_values(others["context"]))}
@@ -296,7 +297,7 @@ class Adapter:
 
     # Sampling
 
-    def _as(self, parameterization: str) -> StableSR:
+    def _as(self, parameterization: Parameterization) -> StableSR:
         diffusion = replace(self.config.diffusion, parameterization=parameterization)
         self.model.config = replace(self.config, diffusion=diffusion)
         return self.model
@@ -350,9 +351,10 @@ class Adapter:
         return self._canvas(params, noise[0], latent, self._prompt(params, context, negative), steps, iter(noise[1:]))
 
     def _canvas(
-        self, params: Arrays, x: Tensor, latent: Tensor, prompt: Prompt, steps: list[Step], draws: Iterator[Tensor]
+        self, params: Arrays, x: Tensor, latent: Tensor, prompt: Prompt, steps: Sequence[Step], draws: Iterator[Tensor]
     ) -> Arrays:
-        grid = TileGrid.square(*latent.shape[-2:], params["tile_size"], params["tile_overlap"])
+        height, width = latent.shape[-2:]
+        grid = TileGrid.square(height, width, params["tile_size"], params["tile_overlap"])
         batch = params.get("tile_batch", 1)
         answer = {}
         done = 0
@@ -448,25 +450,22 @@ class Adapter:
     def op_chop_blend(self, params: Arrays, image: Tensor, patches: Tensor) -> Arrays:
         return {"out": self._chop_blend(image.shape[-2:], params["size"], params["stride"], [*patches])}
 
-    def _chop_blend(self, sides: Any, size: int, stride: int, patches: list[Tensor]) -> Tensor:
-        grid = TileGrid.square(*sides, size, size - stride)
+    def _chop_blend(self, sides: Sequence[int], size: int, stride: int, patches: list[Tensor]) -> Tensor:
+        height, width = sides
+        grid = TileGrid.square(height, width, size, size - stride)
         values = [patch.reshape(-1, *patch.shape[-2:]) for patch in patches]
         return blend(grid, grid.canvas, [Prediction(b, b, v) for b, v in zip(grid, values, strict=True)])[None]
 
     def op_e2e_ddpm(self, params: Arrays, image_u8: Tensor, noise: Tensor) -> Arrays:
-        def steps() -> list[Step]:
-            return ddpm_steps(self.model.schedule.respaced(params["steps"]))
-
+        steps = ddpm_steps(self.model.schedule.respaced(params["steps"]))
         return self._end_to_end(params, image_u8, noise, steps, from_noise=False)
 
     def op_e2e_ddim(self, params: Arrays, image_u8: Tensor, noise: Tensor) -> Arrays:
-        def steps() -> list[Step]:
-            return published_ddim_steps(self.model.schedule, params["steps"], params["eta"])
-
+        steps = published_ddim_steps(self.model.schedule, params["steps"], params["eta"])
         return self._end_to_end(params, image_u8, noise, steps, from_noise=True)
 
     def _end_to_end(
-        self, params: Arrays, image_u8: Tensor, noise: Tensor, steps: Callable[[], list[Step]], *, from_noise: bool
+        self, params: Arrays, image_u8: Tensor, noise: Tensor, steps: Sequence[Step], *, from_noise: bool
     ) -> Arrays:
         model = self._as(params["parameterization"])
         padded, size, scale = self._enlarged(image_u8, params["input_size"], params["upscale"])
@@ -485,12 +484,12 @@ class Adapter:
             kept["x_T"] = x = (
                 _crop(next(draws), latent) if from_noise else add_noise(latent, start, model.schedule.alpha_bar[-1])
             )
-            grid = TileGrid.square(*latent.shape[-2:], params["input_size"] // 8, params["tile_overlap"])
-            todo = steps()
-            fresh = [_crop(next(draws), latent)[0] for _ in todo]
+            height, width = latent.shape[-2:]
+            grid = TileGrid.square(height, width, params["input_size"] // 8, params["tile_overlap"])
+            fresh = [_crop(next(draws), latent)[0] for _ in steps]
             now = iter(fresh)
             kept["latent_out"] = x = model.sample(
-                x[0], latent[0], grid, todo, prompt, lambda _: next(now), params["tile_batch"]
+                x[0], latent[0], grid, steps, prompt, lambda _: next(now), params["tile_batch"]
             )[None]
             features = model.cfw.encode_features(image).features
             kept["decoded"] = pixels = model.cfw.decode_wrapped(x / self._scale, features, params["dec_w"])
@@ -503,10 +502,11 @@ class Adapter:
                 values.append(kept[name])
             return pixels
 
-        if max(padded.shape[-2:]) > params["chop_size"]:
-            _, _, boxes = self._chunks(*padded.shape[-2:], params["chop_size"], params["chop_stride"])
+        height, width = padded.shape[-2:]
+        if max(height, width) > params["chop_size"]:
+            _, _, boxes = self._chunks(height, width, params["chop_size"], params["chop_stride"])
             patches = [chunk(padded[..., t:b, le:r]) for t, b, le, r in boxes]
-            pixels = self._chop_blend(padded.shape[-2:], params["chop_size"], params["chop_stride"], patches)
+            pixels = self._chop_blend((height, width), params["chop_size"], params["chop_stride"], patches)
         else:
             pixels = chunk(padded)
         answer = {name: torch.cat(values) for name, values in saved.items()}

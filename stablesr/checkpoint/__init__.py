@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -215,28 +216,25 @@ def write_model_file(
 
 @contextmanager
 def open_model_file(path: str | Path) -> Iterator[tuple[StableSRConfig, dict[str, LazyTensor]]]:
-    """Architecture and tensors of a model file; a tensor is read when it is made.
+    """Architecture and tensors of a model file; a tensor is read when it is made, within the context.
 
     Raises:
         CheckpointError: if it is no model file, broken, or does not hold what its architecture needs.
     """
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if CONFIG_KEY not in metadata:
-                raise CheckpointError(
-                    f"{path} is safetensors, but no model file of ours: its header names no architecture\n"
-                    "hint: make one of the released checkpoints with `python -m stablesr.checkpoint convert`"
-                )
-            try:
-                config = StableSRConfig.from_json(metadata[CONFIG_KEY])
-            except (ValueError, TypeError) as error:
-                raise CheckpointError(f"{path}: cannot read the architecture in its header: {error}") from error
-
-            def lazy(key: str) -> LazyTensor:
-                return LazyTensor(tuple(file.get_slice(key).get_shape()), lambda: file.get_tensor(key))
-
-            tensors = {key: lazy(key) for key in file.keys()}  # noqa: SIM118  it is no mapping
+        with safe_open(path, framework="pt") as checked:  # a header that lies about its data is refused here
+            metadata = checked.metadata() or {}
+        if CONFIG_KEY not in metadata:
+            raise CheckpointError(
+                f"{path} is safetensors, but no model file of ours: its header names no architecture\n"
+                "hint: make one of the released checkpoints with `python -m stablesr.checkpoint convert`"
+            )
+        try:
+            config = StableSRConfig.from_json(metadata[CONFIG_KEY])
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(f"{path}: cannot read the architecture in its header: {error}") from error
+        with open(path, "rb") as file:
+            tensors = _tensors_of(file)
             require_same_keys(model_shapes(config), {key: lazy.shape for key, lazy in tensors.items()}, path)
             yield config, tensors
     except (SafetensorError, OSError) as error:
@@ -244,6 +242,27 @@ def open_model_file(path: str | Path) -> Iterator[tuple[StableSRConfig, dict[str
             f"cannot read {path} as a model file: {error}\n"
             "hint: released .ckpt files are converted first, with `python -m stablesr.checkpoint convert`"
         ) from error
+
+
+def _tensors_of(file: BinaryIO) -> dict[str, LazyTensor]:
+    """The tensors of a safetensors file, to be read, not mapped: mapped pages would be memory beside their copies."""
+    header_size = int.from_bytes(file.read(8), "little")
+    header = json.loads(file.read(header_size))
+    dtypes = {name: dtype for dtype, name in _SAFETENSORS_DTYPES.items()}
+
+    def lazy(dtype: torch.dtype, shape: list[int], begin: int, end: int) -> LazyTensor:
+        def make() -> Tensor:
+            content = bytearray(end - begin)
+            file.seek(8 + header_size + begin)
+            file.readinto(content)  # type: ignore[attr-defined]
+            return torch.frombuffer(content, dtype=dtype).view(shape)
+
+        return LazyTensor(tuple(shape), make)
+
+    entries = {key: entry for key, entry in header.items() if key != "__metadata__"}
+    if foreign := {entry["dtype"] for entry in entries.values()} - dtypes.keys():
+        raise CheckpointError(f"{file.name}: tensors of {sorted(foreign)}; a model file holds {sorted(dtypes)}")
+    return {key: lazy(dtypes[entry["dtype"]], entry["shape"], *entry["data_offsets"]) for key, entry in entries.items()}
 
 
 def load_first_stage(path: str | Path, config: StableSRConfig) -> Autoencoder:
