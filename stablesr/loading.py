@@ -71,8 +71,9 @@ def _load_embedded(config: StableSRConfig, device: torch.device, dtype: torch.dt
 
 
 def _load_file(path: Path, device: torch.device, dtype: torch.dtype) -> StableSR:
-    with open_model_file(path) as (config, tensors), torch.device("meta"):
-        model = StableSR(config)
+    with open_model_file(path) as (config, tensors):
+        with torch.device("meta"):
+            model = StableSR(config)
         fill(model, tensors, device, dtype)
 
     def fetch_text_tower() -> TextTower:

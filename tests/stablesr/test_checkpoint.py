@@ -4,13 +4,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from stablesr import PRESETS, CheckpointError, load
+from stablesr import PRESETS, CheckpointError, hub, load
 from stablesr.checkpoint import convert, load_first_stage, model_shapes, open_model_file, to_released, translate
 from stablesr.checkpoint.__main__ import main
 from stablesr.config import StableSRConfig
@@ -261,6 +262,26 @@ def test_full_size_conversion_loading_and_inference_stay_under_their_memory(tmp_
 def _run(code: str) -> float:
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     return float(done.stdout.split()[-1])
+
+
+def test_a_released_preset_is_fetched_and_converted_once(
+    model: StableSR, released: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pulled = []
+
+    def pull(preset: str) -> tuple[Path, Path]:
+        pulled.append(preset)
+        return released
+
+    monkeypatch.setenv("GIGASR_HOME", str(tmp_path))
+    monkeypatch.setattr(hub, "pull", pull)
+    monkeypatch.setitem(PRESETS, "turbo", replace(TINY, name="turbo"))
+    for _ in range(2):
+        loaded = load("turbo", device="cpu", dtype=torch.float32)
+        assert loaded.config.name == "turbo"
+        assert torch.equal(loaded.unet.time_mlp[0].weight, model.unet.time_mlp[0].weight)
+    assert pulled == ["turbo"]
+    assert os.listdir(tmp_path) == ["turbo-float32.safetensors"]
 
 
 def test_the_command_line_converts(
