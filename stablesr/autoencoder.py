@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from stablesr.blocks import Modules, ResidualBlock, SpatialAttention, Upsample, conv3x3
 from stablesr.config import AutoencoderConfig
+from stablesr.norm import GroupNorm
 
 EPS = 1e-6
 
@@ -88,7 +89,7 @@ class Encoder(nn.Module):
             self.levels.append(EncoderLevel([channels] + [width] * config.blocks_per_level, halves=depth < deepest))
             channels = width
         self.middle = Middle(channels)
-        self.norm_out = nn.GroupNorm(32, channels, eps=EPS)
+        self.norm_out = GroupNorm(channels, eps=EPS)
         self.conv_out = conv3x3(channels, 2 * config.latent_channels)
 
     def forward(self, image: Tensor, keep: Collection[int] = ()) -> tuple[Tensor, dict[int, Tensor]]:
@@ -124,7 +125,7 @@ class Decoder(nn.Module):
             levels.append(DecoderLevel([channels] + [width] * (config.blocks_per_level + 1), doubles=depth > 0))
             channels = width
         self.levels = Modules[DecoderLevel](reversed(levels))
-        self.norm_out = nn.GroupNorm(32, channels, eps=EPS)
+        self.norm_out = GroupNorm(channels, eps=EPS)
         self.conv_out = conv3x3(channels, config.image_channels)
 
     def forward(self, latent: Tensor, wrap: Callable[[int, Tensor], Tensor] | None = None) -> Tensor:

@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stablesr.conditioning import SPADE
-
-NORM_GROUPS = 32
+from stablesr.norm import GroupNorm
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -83,10 +82,10 @@ class ResidualBlock(nn.Module):
         spade: SPADE | None = None,
     ) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(NORM_GROUPS, channels_in, eps=eps)
+        self.norm1 = GroupNorm(channels_in, eps=eps)
         self.conv1 = conv3x3(channels_in, channels_out)
         self.time = nn.Linear(time_channels, channels_out) if time_channels else None
-        self.norm2 = nn.GroupNorm(NORM_GROUPS, channels_out, eps=eps)
+        self.norm2 = GroupNorm(channels_out, eps=eps)
         self.conv2 = conv3x3(channels_out, channels_out)
         self.spade = spade
         self.skip = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
@@ -140,7 +139,7 @@ class SpatialAttention(nn.Module):
     def __init__(self, channels: int, *, heads: int, eps: float) -> None:
         super().__init__()
         self.heads = heads
-        self.norm = nn.GroupNorm(NORM_GROUPS, channels, eps=eps)
+        self.norm = GroupNorm(channels, eps=eps)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.out = nn.Linear(channels, channels)
 
@@ -229,7 +228,7 @@ class Transformer(nn.Module):
     def __init__(self, channels: int, context_channels: int, head_channels: int, depth: int) -> None:
         super().__init__()
         heads = channels // head_channels
-        self.norm = nn.GroupNorm(NORM_GROUPS, channels, eps=1e-6)
+        self.norm = GroupNorm(channels, eps=1e-6)
         self.proj_in = nn.Linear(channels, channels)
         self.blocks = Modules[TransformerBlock](
             TransformerBlock(channels, context_channels, heads) for _ in range(depth)

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stablesr.norm import GroupNorm
+
 
 class SPADE(nn.Module):
     """norm(h) * (1 + gamma) + beta, with gamma and beta convolved from the condition.
@@ -21,7 +23,7 @@ class SPADE(nn.Module):
 
     def __init__(self, channels: int, condition_channels: int, hidden_channels: int) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(32, channels, eps=1e-5)
+        self.norm = GroupNorm(channels, eps=1e-5)
         self.shared = nn.Conv2d(condition_channels, hidden_channels, 3, padding=1)
         self.gamma_beta = nn.Conv2d(hidden_channels, 2 * channels, 3, padding=1)
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from stablesr.blocks import Downsample, KeysValues, Modules, ResidualBlock, TimeMLP, Transformer, Upsample, conv3x3
 from stablesr.conditioning import SPADE
 from stablesr.config import UNetConfig
+from stablesr.norm import GroupNorm
 
 EPS = 1e-5
 
@@ -75,7 +76,7 @@ class UNet(nn.Module):
                 channels = width
             self.up.append(Level(blocks, transformers, Upsample(channels) if depth > 0 else None))
 
-        self.norm_out = nn.GroupNorm(32, channels, eps=EPS)
+        self.norm_out = GroupNorm(channels, eps=EPS)
         self.conv_out = conv3x3(channels, config.latent_channels)
 
     def residual_blocks(self) -> list[ResidualBlock]:
