@@ -18,7 +18,7 @@ from stablesr.color import adain_correction, channel_statistics, wavelet_correct
 from stablesr.config import StableSRConfig
 from stablesr.images import from_image, to_image_like
 from stablesr.noise import POSTERIOR, START, noise
-from stablesr.packing import can_pack, pack_convolutions
+from stablesr.packing import can_pack, pack_convolutions, seen_shapes
 from stablesr.resize import reflect_to, upscale_bicubic
 from stablesr.samplers import Step, ddim_steps, ddpm_steps, guide, take_step
 from stablesr.schedule import Schedule, add_noise, full_schedule
@@ -93,9 +93,19 @@ class StableSR(nn.Module):
         return self.config.autoencoder.factor
 
     def pack(self) -> None:
-        """Lay out the weights of all convolutions for inference on a CPU, where this PyTorch can; for good."""
-        if can_pack():
-            pack_convolutions(self)
+        """Lay out the weights of all convolutions for inference on a CPU, where this PyTorch can; for good.
+
+        The layout is that for one tile, and for a patch of the autoencoder as large as a tile.
+        """
+        if not can_pack():
+            return
+        with torch.device("meta"), seen_shapes(twin := StableSR(self.config)) as shapes:
+            x = torch.empty(1, self.config.unet.latent_channels, self.config.tile, self.config.tile)
+            image = torch.empty(1, 3, *(self.latent_factor * side for side in x.shape[-2:]))
+            twin.predict(x, x, twin.embed_time(torch.zeros(1)), twin.prepare_prompt(twin.null_context))
+            twin.encode(image)
+            twin.decode(x, image, cfw=1.0)
+        pack_convolutions(self, shapes)
 
     def compile_networks(self) -> None:
         """Compile UNet and time-aware encoder, not packed, for the shapes of their first calls, which are slow."""

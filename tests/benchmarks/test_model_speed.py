@@ -47,11 +47,19 @@ def _synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def flops(call: Callable[[], object]) -> int:
-    """Floating-point operations of one call, two for each multiply-add."""
-    with FlopCounterMode(display=False) as counter:
-        call()
-    return counter.get_total_flops()
+def flops(config: StableSRConfig, batch: int, side: int) -> dict[str, int]:
+    """Floating-point operations of each part, two for each multiply-add; counted without computing anything.
+
+    (Computing on a CPU, PyTorch's counter would not see its fused attention.)
+    """
+    with torch.device("meta"):
+        model = StableSR(config)
+    work = {}
+    for part, call in measured_calls(model, batch, side).items():
+        with FlopCounterMode(display=False) as counter:
+            call()
+        work[part] = counter.get_total_flops()
+    return work
 
 
 def matmul_peak(dtype: torch.dtype, side: int) -> float:
@@ -68,17 +76,24 @@ def convolution_peak(dtype: torch.dtype, channels: int = 320, side: int = 64) ->
     return 2 * side * side * channels * channels * 9 / best_seconds(lambda: conv(x), 5)
 
 
-def measured_calls(model: StableSR, batch: int) -> dict[str, Callable[[], object]]:
-    config = model.config
-    x, latent = torch.randn(2, batch, config.unet.latent_channels, config.tile, config.tile, device=DEVICE)
-    prompt, shifts = model.prepare_prompt(model.null_context), model.embed_time(500)
-    side = 512
-    image = torch.rand(1, 3, side, side, device=DEVICE) * 2 - 1
-    patch = torch.randn(1, 4, side // model.latent_factor, side // model.latent_factor, device=DEVICE)
+def measured_calls(model: StableSR, batch: int, side: int) -> dict[str, Callable[[], object]]:
+    """The parts that a run is made of; `side` is that of the autoencoder's patch in pixels."""
+    config, device = model.config, model.device
+    x, latent = torch.randn(2, batch, config.unet.latent_channels, config.tile, config.tile, device=device)
+    prompt, shifts = model.prepare_prompt(model.null_context), model.embed_time(torch.full((1,), 500, device=device))
+    image = torch.rand(1, 3, side, side, device=device) * 2 - 1
+    patch = torch.randn(1, 4, side // model.latent_factor, side // model.latent_factor, device=device)
+    encoded = model.cfw.encode_features(image.to(model.dtype, memory_format=torch.channels_last))
+
+    def cfw_decode() -> Tensor:
+        return model.cfw.decode_wrapped(
+            patch.to(model.dtype, memory_format=torch.channels_last), encoded.features, weight=0.5
+        )
+
     return {
         "tile-step": lambda: model.predict(x, latent, shifts, prompt),
-        "encode 512": lambda: model.encode(image),
-        "CFW decode 512": lambda: model.decode(patch, image, 0.5),
+        "encode": lambda: model.encode(image),
+        "CFW decode": cfw_decode,
     }
 
 
@@ -100,20 +115,19 @@ def plain_tile_step(model: StableSR, batch: int) -> Callable[[], object]:
 
 
 def report(
-    config: StableSRConfig, dtype: torch.dtype, *, batch: int = 1, repeats: int = 3, side: int = 2048
+    config: StableSRConfig, dtype: torch.dtype, *, batch: int = 1, repeats: int = 3, side: int = 512, matrix: int = 2048
 ) -> dict[str, float]:
     """Measure one preset in one precision; print a line a part; return the shares of the matrix product's speed."""
     model = random_model(config, device=DEVICE, dtype=dtype)
-    peak, conv = matmul_peak(dtype, side), convolution_peak(dtype)
+    peak, conv = matmul_peak(dtype, matrix), convolution_peak(dtype)
     name = f"{config.name} {str(dtype).removeprefix('torch.')} on {DEVICE.type}, batch {batch}"
     print(f"\n{name}: matmul {peak / 1e9:.0f} GFLOP/s, convolution {conv / 1e9:.0f} GFLOP/s")
-    shares = {}
+    shares, work = {}, flops(config, batch, side)
     with torch.inference_mode():
         plain = best_seconds(plain_tile_step(model, batch), repeats)
-        work = {part: flops(call) for part, call in measured_calls(model, batch).items()}
         if DEVICE.type == "cpu":
             model.pack()
-        for part, call in measured_calls(model, batch).items():
+        for part, call in measured_calls(model, batch, side).items():
             seconds = best_seconds(call, repeats)
             shares[part] = work[part] / seconds / peak
             print(
@@ -142,8 +156,8 @@ def distance_from_fp32(config: StableSRConfig, dtype: torch.dtype) -> float:
 
 def test_measures_every_part_of_a_small_network() -> None:
     config = replace(PRESETS["tiny"], tile=16)
-    shares = report(config, torch.float32, repeats=1, side=256)
-    assert shares.keys() == {"tile-step", "encode 512", "CFW decode 512"}
+    shares = report(config, torch.float32, repeats=1, side=64, matrix=256)
+    assert shares.keys() == {"tile-step", "encode", "CFW decode"}
     assert all(share > 0 for share in shares.values())
 
 
