@@ -3,7 +3,7 @@
 Latent Diffusion (arXiv:2112.10752), section 3.1.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import NamedTuple
 
 import torch
@@ -92,6 +92,14 @@ class Encoder(nn.Module):
         self.norm_out = GroupNorm(channels, eps=EPS)
         self.conv_out = conv3x3(channels, 2 * config.latent_channels)
 
+    def features(self, image: Tensor) -> Iterator[Tensor]:
+        """Of each level, from fine to coarse, before it is halved; one is computed when it is asked for."""
+        h = self.conv_in(image)
+        for level in self.levels:
+            h = level.blocks(h)
+            yield h
+            h = level.down(h)
+
     def forward(self, image: Tensor, keep: Collection[int] = ()) -> tuple[Tensor, dict[int, Tensor]]:
         """Encode.
 
@@ -103,12 +111,9 @@ class Encoder(nn.Module):
             Moments before their last 1x1 convolution, (B, 8, H / 8, W / 8), and the features by level.
         """
         kept = {}
-        h = self.conv_in(image)
-        for depth, level in enumerate(self.levels):
-            h = level.blocks(h)
+        for depth, h in enumerate(self.features(image)):
             if depth in keep:
                 kept[depth] = h
-            h = level.down(h)
         return self.conv_out(F.silu(self.norm_out(self.middle(h)))), kept
 
 

@@ -82,12 +82,17 @@ class CFWAutoencoder(Autoencoder):
         h, features = self.encoder(image, keep=self.cfw.levels)
         return Encoded(posterior_from_moments(self.quant(h)), features)
 
+    def features(self, image: Tensor) -> dict[int, Tensor]:
+        """Those of `encode_features` alone; the encoder below the coarsest of them is spared."""
+        levels = range(max(self.cfw.levels) + 1)
+        return {d: h for d, h in zip(levels, self.encoder.features(image), strict=False) if d in self.cfw.levels}
+
     def decode_wrapped(self, latent: Tensor, features: Mapping[int, Tensor], weight: float) -> Tensor:
         """Decode with the look of the low-resolution image.
 
         Args:
             latent: unscaled, (B, 4, h, w).
-            features: of the image whose sides are 8 h and 8 w, from `encode_features`.
+            features: of the image whose sides are 8 h and 8 w, from `encode_features` or `features`.
             weight: of the fusion, 0 to 1.
 
         Returns:

@@ -104,6 +104,7 @@ class StableSR(nn.Module):
             image = torch.empty(1, 3, *(self.latent_factor * side for side in x.shape[-2:]))
             twin.predict(x, x, twin.embed_time(torch.zeros(1)), twin.prepare_prompt(twin.null_context))
             twin.encode(image)
+            twin.cfw.encode_features(image)
             twin.decode(x, image, cfw=1.0)
         pack_convolutions(self, shapes)
 
@@ -204,7 +205,7 @@ class StableSR(nn.Module):
         unscaled = (latent.to(self.device) / self.config.diffusion.latent_scale).to(self.dtype, memory_format=layout)
         if cfw == 0:
             return self.cfw.decode(unscaled).float()
-        features = self.cfw.encode_features(image.to(self.device, self.dtype, memory_format=layout)).features
+        features = self.cfw.features(image.to(self.device, self.dtype, memory_format=layout))
         return self.cfw.decode_wrapped(unscaled, features, cfw).float()
 
     def encode_canvas(self, image: Tensor, patch: int = PATCH) -> Posterior:

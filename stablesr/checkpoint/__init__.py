@@ -278,8 +278,8 @@ def load_first_stage(path: str | Path, config: StableSRConfig) -> Autoencoder:
     tensors = translate(
         state, first_stage_rules(config), wanted, lambda key: not key.startswith("first_stage_model."), path
     )
-    values = {key.removeprefix("autoencoder."): lazy.make().float().clone() for key, lazy in tensors.items()}
-    autoencoder.load_state_dict(values, strict=True, assign=True)
+    ours = {key.removeprefix("autoencoder."): lazy for key, lazy in tensors.items()}
+    fill(autoencoder, ours, torch.device("cpu"), torch.float32)
     return autoencoder.eval().requires_grad_(False)
 
 
