@@ -7,6 +7,7 @@ arrays; tests/golden/README.md says where they come from.
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -21,6 +22,12 @@ from stablesr.checkpoint import model_shapes
 from stablesr.config import StableSRConfig
 from stablesr.keys import Rule, cfw_rules, stablesr_rules
 from tests.parity_adapter import config_of
+
+GOLDEN = Path(__file__).parent / "golden"
+"""The selection of cases that belongs to the project."""
+
+WHOLE_SET = Path(os.environ.get("GIGASR_PARITY", Path(__file__).parents[2] / "shared" / "parity"))
+"""The larger set that it was taken from, which need not be there."""
 
 Shapes = dict[str, tuple[int, ...]]
 Array = NDArray[Any]

@@ -2,10 +2,8 @@
 
 import json
 import math
-import os
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,10 +18,7 @@ from stablesr.keys import Rule, cfw_rules, is_dispensable, stablesr_rules
 from stablesr.loading import random_model
 from stablesr.model import StableSR
 from stablesr.text import TextTower
-from tests.parity import checkpoint_shapes
-
-RECORDINGS = Path(os.environ.get("GIGASR_PARITY", Path(__file__).parents[3] / "shared" / "parity"))
-"""See test_parity."""
+from tests.parity import WHOLE_SET, checkpoint_shapes
 
 FULL = PRESETS["sd21-512"]
 TINY = PRESETS["tiny"]
@@ -38,7 +33,7 @@ TABLES = {"stablesr": stablesr_rules, "cfw": cfw_rules}
 @pytest.mark.parametrize("checkpoint", TABLES)
 @pytest.mark.parametrize("preset", ["sd21-512", "sd21-768v", "turbo"])
 def test_every_released_key_is_in_the_table_or_known_to_be_dispensable(checkpoint: str, preset: str) -> None:
-    path = RECORDINGS / f"manifest_{checkpoint}.json"
+    path = WHOLE_SET / f"manifest_{checkpoint}.json"
     if not path.is_file():
         pytest.skip(f"needs the list of released keys, {path.name}; GIGASR_PARITY can say where it is")
     manifest = json.loads(path.read_text(encoding="utf-8"))

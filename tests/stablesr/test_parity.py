@@ -5,7 +5,6 @@ shared/parity beside the repository, or where the environment variable GIGASR_PA
 """
 
 import json
-import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -15,12 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.parity import Case, read_cases, read_config, recipe_weights, weights_digest
+from tests.parity import GOLDEN, WHOLE_SET, Case, read_cases, read_config, recipe_weights, weights_digest
 from tests.parity_adapter import Adapter
-
-GOLDEN = Path(__file__).parents[1] / "golden"
-WHOLE_SET = Path(os.environ.get("GIGASR_PARITY", Path(__file__).parents[3] / "shared" / "parity"))
-
 
 FOLDERS = [GOLDEN, *([WHOLE_SET] if (WHOLE_SET / "index.json").is_file() else [])]
 

@@ -1,8 +1,6 @@
-"""The text tower against recorded outputs, against attention written out, and against its own promises."""
+"""The text tower against attention written out and against its own promises; test_parity.py has what was recorded."""
 
-import importlib.util
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,8 +8,6 @@ import torch
 from stablesr.config import TextConfig
 from stablesr.text import CausalSelfAttention, TextTower, encode_prompts
 from stablesr.tokenizer import tokenize
-
-PARITY = Path(__file__).parents[2].parent / "shared" / "parity"
 
 TINY = TextConfig(width=16, heads=2, layers=3, context_length=8, vocabulary=50)
 
@@ -104,81 +100,3 @@ def test_encode_prompts_is_tokenize_then_tower_without_gradients():
     assert (context.dtype, context.requires_grad, expected.requires_grad) == (torch.float64, False, True)
     with pytest.raises(ValueError, match="prompt 0 is None"):
         encode_prompts(tower, [None])
-
-
-# --------------------------------------------------------------------------------------------------------- golden
-
-RELEASED_BLOCK_NAMES = {
-    "ln_1.weight": "norm1.weight",
-    "ln_1.bias": "norm1.bias",
-    "attn.in_proj_weight": "attention.qkv.weight",
-    "attn.in_proj_bias": "attention.qkv.bias",
-    "attn.out_proj.weight": "attention.out.weight",
-    "attn.out_proj.bias": "attention.out.bias",
-    "ln_2.weight": "norm2.weight",
-    "ln_2.bias": "norm2.bias",
-    "mlp.c_fc.weight": "mlp.0.weight",
-    "mlp.c_fc.bias": "mlp.0.bias",
-    "mlp.c_proj.weight": "mlp.2.weight",
-    "mlp.c_proj.bias": "mlp.2.bias",
-}
-
-
-@pytest.fixture(scope="module")
-def parity():
-    if not PARITY.is_dir():
-        pytest.skip(f"no parity fixtures at {PARITY}")
-    spec = importlib.util.spec_from_file_location("parity_lib", PARITY / "parity_lib.py")
-    parity_lib = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(parity_lib)
-    return parity_lib
-
-
-@pytest.fixture(scope="module")
-def recorded_tower(parity) -> TextTower:
-    """The small tower of the fixtures: width 32, 2 heads, 4 layers. Names written out, so no key table is needed."""
-    config = TextConfig(width=32, heads=2, layers=4)
-    tower = TextTower(config)
-    released = {"token_embedding.weight": "token_embedding.weight", "positional_embedding": "positional_embedding"}
-    released |= {"norm_out.weight": "ln_final.weight", "norm_out.bias": "ln_final.bias"}
-    for n in range(config.layers - 1):
-        for theirs, ours in RELEASED_BLOCK_NAMES.items():
-            released[f"blocks.{n}.{ours}"] = f"transformer.resblocks.{n}.{theirs}"
-    weights = {
-        name: torch.from_numpy(
-            parity.make_param(
-                "stablesr-parity/public-1/stablesr", f"cond_stage_model.model.{released[name]}", tuple(value.shape)
-            )
-        )
-        for name, value in tower.state_dict().items()
-    }
-    tower.load_state_dict(weights, strict=True)
-    return tower.eval()
-
-
-def recorded_cases(parity, *, op: str, kind: str | None = None) -> list:
-    cases = [
-        (case, *parity.load_case(PARITY, case))
-        for case in parity.load_index(PARITY)["cases"]
-        if case["op"] == op and case["params"].get("kind") == kind
-    ]
-    assert cases, f"the index lists no case of {op=}, {kind=}"
-    return cases
-
-
-@torch.no_grad()
-def test_context_recorded_from_openclip(parity, recorded_tower):
-    for case, inputs, outputs in recorded_cases(parity, op="text_encode"):
-        context = recorded_tower(torch.from_numpy(inputs["tokens"]))
-        assert [
-            (name, error) for name, ok, error, _ in parity.compare(case, {"context": context}, outputs) if not ok
-        ] == []
-
-
-@torch.no_grad()
-def test_block_recorded_from_openclip(parity, recorded_tower):
-    """Inputs of amplitude 2e-3, small enough for the epsilon of the norms to show."""
-    for case, inputs, outputs in recorded_cases(parity, op="submodule", kind="text_block"):
-        block = recorded_tower.blocks[int(case["params"]["prefix"].rsplit(".", 1)[1])]
-        out = block(torch.from_numpy(inputs["x"]))
-        assert [(name, error) for name, ok, error, _ in parity.compare(case, {"out": out}, outputs) if not ok] == []
