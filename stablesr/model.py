@@ -189,6 +189,10 @@ class StableSR(nn.Module):
 
     # Pixels and latents of a canvas
 
+    def enlarge(self, image: Tensor, scale: int) -> Tensor:
+        """The low-resolution image (..., H, W) at the target's size, as the networks want to see it; not clamped."""
+        return upscale_bicubic(image, scale)
+
     def encode(self, image: Tensor) -> Posterior:
         """One patch (B, 3, H, W) in [-1, 1] to its posterior, unscaled and float32."""
         posterior = self.autoencoder.encode(image.to(self.device, self.dtype, memory_format=torch.channels_last))
@@ -300,7 +304,7 @@ class StableSR(nn.Module):
         height, width = source.shape[-2] * scale, source.shape[-1] * scale
 
         canvas_height, canvas_width = (max(-(-n // self.latent_factor), self.config.tile) for n in (height, width))
-        enlarged = upscale_bicubic(source, scale).clamp(-1.0, 1.0)
+        enlarged = self.enlarge(source, scale).clamp(-1.0, 1.0)
         enlarged = reflect_to(enlarged, canvas_height * self.latent_factor, canvas_width * self.latent_factor)
         grid = TileGrid.square(canvas_height, canvas_width, self.config.tile, overlap)
 
@@ -317,13 +321,14 @@ class StableSR(nn.Module):
         x = first if start == "noise" else add_noise(latent, first, float(self.schedule.alpha_bar[-1]))
         x = self.sample(x, latent, grid, schedule, words, noise_at, batch, progress)
 
-        pixels = self.decode_canvas(x, enlarged, cfw, patch)
+        target = (slice(None), slice(height), slice(width))
+        pixels, enlarged = self.decode_canvas(x, enlarged, cfw, patch)[target], enlarged[target]
         if color == "wavelet":
             pixels = wavelet_correction(pixels, enlarged)
         elif color == "adain":
             content, style = pixels[None], enlarged[None]
             pixels = adain_correction(content, channel_statistics(content), channel_statistics(style))[0]
-        return to_image_like(pixels[:, :height, :width], image)
+        return to_image_like(pixels, image)
 
     def sample(
         self,

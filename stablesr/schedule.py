@@ -149,3 +149,9 @@ def predicted_eps(x: Tensor, prediction: Tensor, alpha_bar: float, parameterizat
     if parameterization == "v":
         return alpha_bar**0.5 * prediction + (1.0 - alpha_bar) ** 0.5 * x
     return prediction
+
+
+def prediction_of(x: Tensor, x0: Tensor, alpha_bar: float, parameterization: Parameterization) -> Tensor:
+    """What a network would have to say at x_t for the clean image to be `x0`: `predicted_x0` the other way round."""
+    target = alpha_bar**0.5 * x - x0 if parameterization == "v" else x - alpha_bar**0.5 * x0
+    return target / (1.0 - alpha_bar) ** 0.5

@@ -1,0 +1,157 @@
+"""Between samples and what the network sees, [-1, 1]: a stretch fixed once for the whole raster, and the way back.
+
+    samples --stretch--> base (within [-1, 1]) + excess (what left the stretch)
+                           |                        |
+                       the network                  |
+                           v                        |
+    target <--back-- detail of base + excess, low frequencies of base + excess
+
+What leaves the stretch goes around the network, enlarged with it, so that no value is lost.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipeline.raster.header import Band, DType, Frozen, Header
+
+KEY_BITS = 17
+"""Bits of a float32 that a histogram ignores: 64 bins for each doubling of a value, 1.6 % or finer."""
+
+
+class Stretch(Frozen):
+    """The samples that the network sees as black and white, one pair for each band."""
+
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+
+    def of(self, bands: Sequence[int]) -> "Stretch":
+        """The stretch of some bands, counted from 0."""
+        return Stretch(low=tuple(self.low[b] for b in bands), high=tuple(self.high[b] for b in bands))
+
+    def apply(self, samples: Tensor) -> Tensor:
+        """(bands, H, W) of any type to float32; the stretch becomes [-1, 1], and values outside it stay outside."""
+        low, gain = self._columns(samples.device)
+        return (samples.float() - low) / gain * 2.0 - 1.0
+
+    def undo(self, values: Tensor) -> Tensor:
+        """Back to the samples' units, float32, not rounded."""
+        low, gain = self._columns(values.device)
+        return (values * 0.5 + 0.5) * gain + low
+
+    def _columns(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        low = torch.tensor(self.low, dtype=torch.float64)[:, None, None]
+        high = torch.tensor(self.high, dtype=torch.float64)[:, None, None]
+        return low.to(device, torch.float32), (high - low).to(device, torch.float32)
+
+
+def fixed_stretch(header: Header, stretch: str | tuple[float, float]) -> Stretch | None:
+    """The stretch that needs no look at the pixels; None if percentiles are wanted.
+
+    Args:
+        stretch: two values, "type", or "auto"; see `pipeline.config.Radiometry`.
+    """
+    if isinstance(stretch, tuple):
+        ends = [stretch] * len(header.bands)
+    elif stretch == "type" or header.dtype == "uint8" or all(band.bits for band in header.bands):
+        ends = [_range(header.dtype, band) for band in header.bands]
+    else:
+        return None
+    return Stretch(low=tuple(low for low, _ in ends), high=tuple(high for _, high in ends))
+
+
+def _range(dtype: DType, band: Band) -> tuple[float, float]:
+    if dtype == "float32":
+        return 0.0, 1.0
+    limits = np.iinfo(dtype)
+    return float(limits.min), float(2**band.bits - 1 if band.bits and limits.min == 0 else limits.max)
+
+
+def histogram(samples: NDArray[Any], valid: NDArray[np.bool_] | None) -> dict[str, int]:
+    """How often values occur, in bins as fine as a float16's or finer; adds up over blocks.
+
+    Args:
+        samples: of one band, any shape, finite where valid.
+        valid: the same shape, or None.
+
+    Returns:
+        Counts by bin, in a form that JSON can hold.
+    """
+    chosen = samples if valid is None else samples[valid]
+    keys, counts = np.unique(_keys(chosen), return_counts=True)
+    return {str(int(key)): int(count) for key, count in zip(keys, counts, strict=True)}
+
+
+def _keys(samples: NDArray[Any]) -> NDArray[np.int64]:
+    """Numbers of the bins, rising with the value: the leading bits of a float, negative ones turned around."""
+    bits = (samples.astype(np.float32) + np.float32(0.0)).view(np.int32).astype(np.int64)  # -0.0 + 0.0 = 0.0
+    return np.where(bits >= 0, bits >> KEY_BITS, -1 - ((bits & 0x7FFFFFFF) >> KEY_BITS))
+
+
+def _bin_ends(key: int) -> tuple[float, float]:
+    """The values between which a bin lies."""
+    magnitude = key if key >= 0 else -1 - key
+    ends = np.array([magnitude << KEY_BITS, ((magnitude + 1) << KEY_BITS) - 1], dtype=np.int32).view(np.float32)
+    near, far = float(ends[0]), float(ends[1])
+    return (near, far) if key >= 0 else (-far, -near)
+
+
+def percentile_stretch(histograms: Sequence[Sequence[Mapping[str, int]]], percentiles: tuple[float, float]) -> Stretch:
+    """The stretch between two percentiles of all valid samples, outwards to the ends of their bins.
+
+    Args:
+        histograms: of every block, one for each band.
+        percentiles: within 0 and 100.
+    """
+    lows, highs = [], []
+    for band in range(len(histograms[0]) if histograms else 0):
+        total: Counter[int] = Counter()
+        for block in histograms:
+            total.update({int(key): count for key, count in block[band].items()})
+        low, high = _percentiles(total, percentiles)
+        lows.append(low)
+        highs.append(high)
+    return Stretch(low=tuple(lows), high=tuple(highs))
+
+
+def _percentiles(total: Mapping[int, int], percentiles: tuple[float, float]) -> tuple[float, float]:
+    if not total:
+        return 0.0, 1.0
+    keys = sorted(total)
+    share = np.cumsum([total[key] for key in keys]) / sum(total.values())
+    first, last = (keys[min(int(np.searchsorted(share, p / 100.0)), len(keys) - 1)] for p in percentiles)
+    low, high = _bin_ends(first)[0], _bin_ends(last)[1]
+    return (low, high) if low < high else (low, low + max(abs(low) * 2.0**-6, 1.0))
+
+
+def to_samples(values: Tensor, header: Header, valid: Tensor | None) -> NDArray[Any]:
+    """Values in the samples' units to the raster's type: rounded, never truncated, and within its range.
+
+    Args:
+        values: (bands, H, W), float32.
+        valid: (bands or 1, H, W); pixels that do not count get the nodata value, NaN in floats without one, 0 under a
+            mask or alpha. Those that count never get the nodata value.
+    """
+    nodata = header.nodata
+    if header.dtype == "float32":
+        samples = values
+        if nodata is not None and np.isfinite(nodata):
+            near = np.nextafter(np.float32(nodata), np.float32(0.0 if nodata else 1.0))
+            samples = torch.where(samples == nodata, torch.tensor(float(near)), samples)
+    else:
+        limits = np.iinfo(header.dtype)
+        samples = values.round().clamp(limits.min, limits.max)
+        if nodata is not None and header.validity == "nodata":
+            near = nodata + 1.0 if nodata < limits.max else nodata - 1.0
+            samples = torch.where(samples == nodata, torch.tensor(near), samples)
+    if valid is not None:
+        fill = 0.0 if header.validity != "nodata" else float("nan") if nodata is None else nodata
+        samples = torch.where(valid, samples, torch.tensor(fill, device=samples.device))
+    if header.dtype == "float32":
+        return samples.cpu().numpy()
+    return samples.to(torch.int32).cpu().numpy().astype(header.dtype)

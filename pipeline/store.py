@@ -1,0 +1,262 @@
+"""The store of a run: pixels and latents in Zarr, and markers that say what of them counts.
+
+    RUN/plan.json               the plan, with the fingerprints of source, weights and options
+    RUN/data.zarr/              source/<layer>  mask  lr_latents/<layer>  latents/<layer>/{a,b}  output/<layer>
+                                overviews/<level>  overview_masks/<level>
+    RUN/done/<stage>/...        a marker for each finished unit, written after its data
+
+An array has (bands, rows, columns) and is written a whole block at a time, by one writer: a block is one object in the
+store. Nothing is done because its data happen to be there: a marker says so, with the checksum of the data.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import google_crc32c
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from zarr.abc.store import ByteRequest
+from zarr.codecs import Crc32cCodec, ZstdCodec
+from zarr.core.buffer import Buffer, BufferPrototype
+from zarr.storage import LocalStore, WrapperStore
+
+from pipeline.errors import Damaged, RunMismatch, WorkFailed
+from pipeline.grid import Blocks, Index
+from stablesr.box import Box
+
+CHUNK = 512
+"""Side of what is compressed at once, in pixels; a block of pixels is a shard of these."""
+
+Kind = Literal["pixels", "latents"]
+
+
+class _MissingChunk(LookupError):
+    """A chunk that should be there is not: Zarr would silently return its fill value."""
+
+
+class _NothingIsMissing(WrapperStore[LocalStore]):
+    """A store in which chunks that are not there are errors."""
+
+    async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
+        found = await super().get(key, prototype, byte_range)
+        if found is None and "/c/" in key:
+            raise _MissingChunk(key)
+        return found
+
+
+class RunStore:
+    """A run's folder, as one process sees it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        self._root = self.folder / "data.zarr"
+        self._arrays: dict[tuple[str, bool], zarr.Array[Any]] = {}
+        self.written = 0
+        """Bytes of pixels and latents that this process has written, compressed."""
+
+    # Arrays
+
+    def create(self, name: str, kind: Kind, bands: int, blocks: Blocks, dtype: str) -> None:
+        """Make an empty array, unless it is there. The driver does, before anything is written.
+
+        Pixels are compressed in chunks within the block; latents are stored as they are; both with checksums.
+        """
+        if (self._root / name / "zarr.json").is_file():
+            return
+        side = blocks.side
+        with self._named(name):
+            zarr.create_array(
+                LocalStore(self._root),
+                name=name,
+                shape=(bands, blocks.height, blocks.width),
+                chunks=(bands, min(CHUNK, side), min(CHUNK, side)) if kind == "pixels" else (bands, side, side),
+                shards=(bands, side, side) if kind == "pixels" else None,
+                dtype=dtype,
+                compressors=[ZstdCodec(level=1, checksum=True)] if kind == "pixels" else [Crc32cCodec()],
+                fill_value=0,
+                config={"write_empty_chunks": True},
+                dimension_names=("band", "y", "x"),
+                zarr_format=3,
+            )
+
+    def read(self, name: str, box: Box) -> NDArray[Any]:
+        """(bands, box.height, box.width) of an array.
+
+        Raises:
+            Damaged: if any of it is missing or fails its checksum.
+        """
+        array = self._array(name)
+        try:
+            return np.asarray(array[:, box.top : box.bottom, box.left : box.right])
+        except OSError as error:
+            raise self._failed(f"reading {name}", error) from error
+        except Exception as error:  # what codecs raise on bad bytes has no common ancestor
+            raise self._damage(name, array, box, error) from None
+
+    def write(self, name: str, blocks: Blocks, index: Index, values: NDArray[Any]) -> int:
+        """Write a whole block, to disk and not only to the cache; give the checksum of its values."""
+        array, box = self._array(name, writing=True), blocks.box(index)
+        assert values.shape == (array.shape[0], box.height, box.width), (name, values.shape, box)
+        assert values.dtype == array.dtype, (name, values.dtype)
+        path = self._path(name, index)
+        with self._named(name):
+            path.unlink(missing_ok=True)  # or Zarr reads what it is about to replace, and it may be damaged
+            array[:, box.top : box.bottom, box.left : box.right] = values
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+                self.written += os.fstat(descriptor).st_size
+            finally:
+                os.close(descriptor)
+        return checksum(values)
+
+    def check(self, name: str, blocks: Blocks, index: Index, expected: int) -> None:
+        """Read a block again and compare.
+
+        Raises:
+            Damaged: if it is missing, fails its checksum, or is not what the marker says.
+        """
+        if checksum(self.read(name, blocks.box(index))) != expected:
+            raise Damaged(f"block {index} of {name} is not what was written", name, index)
+
+    def remove(self, name: str) -> None:
+        """An array, or a group of them, that nobody needs any more."""
+        for known in [key for key in self._arrays if f"{key[0]}/".startswith(f"{name}/")]:
+            del self._arrays[known]
+        shutil.rmtree(self._root / name, ignore_errors=True)
+
+    def _array(self, name: str, writing: bool = False) -> "zarr.Array[Any]":
+        key = name, writing
+        if key not in self._arrays:
+            store = LocalStore(self._root)
+            try:
+                array = zarr.open_array(store if writing else _NothingIsMissing(store), path=name, mode="r+")
+            except FileNotFoundError as error:
+                raise WorkFailed(f"{self._root / name} is gone: the run cannot go on without it") from error
+            self._arrays[key] = array.with_config({"write_empty_chunks": True})
+        return self._arrays[key]
+
+    def _path(self, name: str, index: Index) -> Path:
+        return self._root / name / "c" / "0" / str(index[0]) / str(index[1])
+
+    def _damage(self, name: str, array: "zarr.Array[Any]", box: Box, error: Exception) -> Damaged:
+        """Find out which block it is."""
+        side = (array.shards or array.chunks)[-1]
+        blocks = Blocks(array.shape[-2], array.shape[-1], side)
+        for index in blocks.touching(box):
+            inner = blocks.box(index)
+            try:
+                array[:, inner.top : inner.bottom, inner.left : inner.right]
+            except Exception as of_block:
+                why = "is missing" if isinstance(of_block, _MissingChunk) else f"fails its checksum ({of_block})"
+                return Damaged(f"block {index} of {name} {why}", name, index)
+        return Damaged(f"{box} of {name} could not be read once ({error}), but was read later", name, (0, 0))
+
+    @contextmanager
+    def _named(self, what: str) -> Iterator[None]:
+        """Say which part of the store an error of the operating system is about."""
+        try:
+            yield
+        except OSError as error:
+            raise self._failed(f"writing {what}", error) from error
+
+    def _failed(self, doing: str, error: OSError) -> WorkFailed:
+        return WorkFailed(
+            f"{doing} in {self.folder} failed: {error.strerror or error}\n"
+            "hint: what is finished is kept; make room or mend the disk, and run the same command again"
+        )
+
+    # Markers
+
+    def mark(self, unit: str, payload: Mapping[str, Any]) -> None:
+        """Say that a unit is done, in one atomic step. `unit` is its path, such as "encode/0/3-5"."""
+        with self._named(f"the marker {unit}"):
+            write_atomically(self.folder / "done" / f"{unit}.json", json.dumps(payload))
+
+    def marker(self, unit: str) -> dict[str, Any] | None:
+        """What was said when a unit was done; None if it is not."""
+        try:
+            payload = json.loads((self.folder / "done" / f"{unit}.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except ValueError:  # a crash of the machine may leave an empty file: then nothing was said
+            return None
+        assert isinstance(payload, dict)
+        return payload
+
+    def markers(self, stage: str) -> dict[Index, dict[str, Any]]:
+        """Of all finished blocks of a stage, by row and column."""
+        found = {}
+        for path in (self.folder / "done" / stage).glob("*-*.json"):
+            payload = self.marker(f"{stage}/{path.stem}")
+            if payload is not None:
+                row, column = path.stem.split("-")
+                found[int(row), int(column)] = payload
+        return found
+
+    def n_marked(self, stage: str) -> int:
+        """How many blocks of a stage are finished."""
+        return sum(1 for _ in (self.folder / "done" / stage).glob("*-*.json"))
+
+    def unmark(self, unit: str) -> None:
+        """Forget that a unit, or all units of a stage, are done."""
+        path = self.folder / "done" / unit
+        Path(f"{path}.json").unlink(missing_ok=True)
+        shutil.rmtree(path, ignore_errors=True)
+
+    # The folder
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other drivers out.
+
+        Raises:
+            RunMismatch: if one is at work.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.folder / "lock", "w", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RunMismatch(
+                    f"another process works on the run {self.folder}\nhint: wait for it, or stop it"
+                ) from None
+            yield
+
+    def sweep(self) -> None:
+        """Remove what an interrupted write left behind."""
+        for pattern in ("*.partial", "*.tmp"):
+            for path in self.folder.rglob(pattern):
+                path.unlink(missing_ok=True)
+
+
+def unit_name(stage: str, index: Index) -> str:
+    return f"{stage}/{index[0]}-{index[1]}"
+
+
+def checksum(values: NDArray[Any]) -> int:
+    """CRC-32C of an array's bytes in C order."""
+    return int(google_crc32c.value(values.tobytes()))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """A file is there whole, or not at all, whenever the machine stops."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

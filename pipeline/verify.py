@@ -1,0 +1,69 @@
+"""Read everything that a run has finished again, and compare it with its checksums."""
+
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from pipeline.errors import Damaged, RunMismatch, UserError
+from pipeline.events import Listener, Notice, StageFinished, StageStarted, UnitsDone
+from pipeline.grid import Blocks, Index
+from pipeline.plan import Plan, read_plan
+from pipeline.run import forget
+from pipeline.stages.overviews import level_blocks
+from pipeline.stages.sample import SLOTS
+from pipeline.store import RunStore
+
+VERIFY = "verify"
+"""The stage that listeners are told of."""
+
+
+def verify_run(folder: Path, listener: Listener = lambda event: None) -> list[str]:
+    """Check a run's store.
+
+    What is damaged is taken back, so that the run computes it again; unless the run is at work at this moment: then
+    nothing is touched.
+
+    Returns:
+        What is damaged, in words, one line for each block; empty if all is well.
+
+    Raises:
+        UserError: if it is not the folder of a run.
+    """
+    plan = read_plan(folder)
+    if plan is None:
+        raise UserError(f"{folder} is not the folder of a run: it has no plan.json")
+    store = RunStore(folder)
+    written = [*_written(plan, store)]
+    damaged: list[Damaged] = []
+    listener(StageStarted(VERIFY, len(written), 0))
+    for array, blocks, index, expected in written:
+        try:
+            store.check(array, blocks, index, expected)
+        except Damaged as found:
+            damaged.append(found)
+            listener(Notice(str(found), warning=True))
+        listener(UnitsDone(VERIFY, 1))
+    listener(StageFinished(VERIFY, 0.0))
+    with suppress(RunMismatch), store.locked():
+        for damage in damaged:
+            forget(store, damage.array, damage.index)
+    return [str(damage) for damage in damaged]
+
+
+def _written(plan: Plan, store: RunStore) -> Iterator[tuple[str, Blocks, Index, int]]:
+    """Every array's blocks that a marker says are finished, with their checksums."""
+    canvas, layers = plan.canvas, range(len(plan.layers))
+    stages = [("ingest", canvas.source_blocks)]
+    stages += [(f"encode/{layer}", canvas.blocks) for layer in layers]
+    stages += [(f"decode/{layer}", canvas.output_blocks) for layer in layers]
+    stages += [(f"overviews/{level}", level_blocks(plan, level)) for level in range(1, plan.n_levels)]
+    for stage, blocks in stages:
+        for index, marker in sorted(store.markers(stage).items()):
+            for array, expected in marker["checksums"].items():
+                yield array, blocks, index, expected
+    for layer in layers:
+        for slot in SLOTS:
+            committed = store.marker(f"sample/{layer}/{slot}") or {"checksums": {}}
+            for block, expected in sorted(committed["checksums"].items()):
+                row, column = block.split("-")
+                yield f"latents/{layer}/{slot}", canvas.blocks, (int(row), int(column)), expected
