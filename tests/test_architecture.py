@@ -82,6 +82,40 @@ def test_ray_stays_at_the_edge(layer: str) -> None:
     assert {path for path in knowing if not path.startswith("jobs/")} <= {"pipeline/ray_workers.py"}
 
 
+KNOWN_TO = {
+    "zarr": {"store.py", "raster/ome_zarr.py", "raster/pages_source.py", "raster/validate.py"},
+    "rasterio": {"demo.py", "raster/"},
+    "tifffile": {"raster/"},
+    "imagecodecs": {"raster/"},
+    "typer": {"cli.py", "options.py"},
+    "rich": {"cli.py", "progress.py"},
+}
+"""Which files of the pipeline may know a library; a folder stands for all in it."""
+
+
+@pytest.mark.parametrize("library", KNOWN_TO)
+def test_a_library_stays_in_its_place(library: str) -> None:
+    folder = ROOT / "pipeline"
+    knowing = {
+        path.relative_to(folder).as_posix() for path, names in imports_of("pipeline").items() if library in names
+    }
+    assert knowing
+    assert {path for path in knowing if not path.startswith(tuple(KNOWN_TO[library]))} == set()
+
+
+def test_values_and_grids_of_the_pipeline_know_no_pixels() -> None:
+    imports = {path.name: names for path, names in imports_of("pipeline").items()}
+    for name in ("grid.py", "events.py", "errors.py", "config.py"):
+        assert imports[name] & {"torch", "numpy", "zarr", "rasterio", "ray"} == set()
+
+
+def test_the_map_names_every_module() -> None:
+    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`([a-z_]+)`", text))
+    modules = {path.stem for layer in PRESENT for path in modules_of(layer) if not path.stem.startswith("__")}
+    assert modules - named == set()
+
+
 BARE_MACHINE = """
 import pkgutil, sys
 from importlib.machinery import BuiltinImporter, FrozenImporter, PathFinder
