@@ -27,9 +27,9 @@ from zarr.storage import LocalStore
 
 from pipeline.errors import ConfigError, Stopped, WorkFailed
 from pipeline.raster.header import Header
+from pipeline.raster.journal import Journal, sync_folder
 from pipeline.raster.overviews import Level
 from pipeline.raster.tags import channel_names
-from pipeline.raster.tiff import Journal, sync_folder
 from stablesr.box import Box
 
 Compression = Literal["zstd", "deflate", "lzw", "none"]

@@ -29,9 +29,10 @@ from rio_cogeo import cog_validate
 from pipeline.errors import Stopped, WorkFailed
 from pipeline.raster import tiff
 from pipeline.raster.header import Band, DType, GroundControlPoint, Header, Validity
+from pipeline.raster.journal import Journal
 from pipeline.raster.overviews import halve, n_levels
 from pipeline.raster.tags import descriptive_tags, lay_out, tag
-from pipeline.raster.tiff import Compression, Journal, Layout, n_tiles, tiles_done, write_tiff
+from pipeline.raster.tiff import Compression, Layout, n_tiles, tiles_done, write_tiff
 from stablesr.box import Box
 
 UTM = rasterio.CRS.from_epsg(32618).to_wkt()
