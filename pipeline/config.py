@@ -182,7 +182,8 @@ class Run(Section):
 
 
 class Grid(Section):
-    """How the canvas is cut. It changes no pixel, but a run in progress keeps to it."""
+    """How the canvas is cut. A run in progress keeps to it. It changes no pixel, but for some beside holes wider than
+    32 source pixels: the middle of these is filled with the mean of the block."""
 
     block: int = Field(256, ge=8)
     """Side of a block, in latents: the unit of storage, retry and progress."""

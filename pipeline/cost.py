@@ -25,19 +25,20 @@ class Flops(Frozen):
 
 
 @cache
-def count_flops(config: StableSRConfig, patch: int) -> Flops:
+def count_flops(config: StableSRConfig, patch_height: int, patch_width: int) -> Flops:
     """Count them.
 
     Args:
-        patch: side of what the autoencoder sees at once, in latents.
+        patch_height: of what the autoencoder sees at once, in latents.
+        patch_width: likewise.
     """
     if config.name == NEAREST:
         return Flops(parameters=0, tile_step=0, encode_patch=0, decode_patch=0, activations=0)
     with torch.device("meta"):
         model = StableSR(config).eval()
         tile = torch.empty(1, config.unet.latent_channels, config.tile, config.tile)
-        latent = torch.empty(1, config.unet.latent_channels, patch, patch)
-        image = torch.empty(1, 3, patch * config.autoencoder.factor, patch * config.autoencoder.factor)
+        latent = torch.empty(1, config.unet.latent_channels, patch_height, patch_width)
+        image = torch.empty(1, 3, *(config.autoencoder.factor * side for side in latent.shape[-2:]))
         prompt, time = model.prepare_prompt(model.null_context), model.embed_time(torch.zeros(1))
         counts = []
         with torch.inference_mode():

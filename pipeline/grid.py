@@ -48,9 +48,11 @@ class Blocks:
 
     def touching(self, region: Box) -> Iterator[Index]:
         """The blocks that hold some of a region, which may leave the extent."""
-        for row in range(max(region.top, 0) // self.side, min(ceil(region.bottom / self.side), self.rows)):
-            for column in range(max(region.left, 0) // self.side, min(ceil(region.right / self.side), self.columns)):
-                yield row, column
+        inside = region.overlap(Box(0, 0, self.height, self.width))
+        if inside is not None:
+            for row in range(inside.top // self.side, ceil(inside.bottom / self.side)):
+                for column in range(inside.left // self.side, ceil(inside.right / self.side)):
+                    yield row, column
 
     def holding(self, row: int, column: int) -> Index:
         """The block of a cell."""
@@ -220,12 +222,14 @@ def _halved(box: Box, parts: int) -> Iterator[Box]:
     if parts <= 1:
         yield box
         return
-    first = parts // 2
+    share = parts // 2
     if box.height >= box.width:
-        cut = min(max(round(box.height * first / parts), 1), box.height - 1)
-        halves = Box(box.top, box.left, box.top + cut, box.right), Box(box.top + cut, box.left, box.bottom, box.right)
+        cut = box.top + min(max(round(box.height * share / parts), 1), box.height - 1)
+        first, second = Box(box.top, box.left, cut, box.right), Box(cut, box.left, box.bottom, box.right)
     else:
-        cut = min(max(round(box.width * first / parts), 1), box.width - 1)
-        halves = Box(box.top, box.left, box.bottom, box.left + cut), Box(box.top, box.left + cut, box.bottom, box.right)
-    for half, share in zip(halves, (first, parts - first), strict=True):
-        yield from _halved(half, min(share, half.height * half.width))
+        cut = box.left + min(max(round(box.width * share / parts), 1), box.width - 1)
+        first, second = Box(box.top, box.left, box.bottom, cut), Box(box.top, cut, box.bottom, box.right)
+    # where a half has fewer blocks than its share of the parts, the other takes the rest
+    share = min(max(share, parts - second.height * second.width), first.height * first.width)
+    yield from _halved(first, share)
+    yield from _halved(second, parts - share)

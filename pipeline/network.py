@@ -70,7 +70,9 @@ class Nearest:
         """Target pixels a side that are certainly equal: they lie in one source pixel, wherever it begins."""
 
     def enlarge(self, image: Tensor, scale: int) -> Tensor:
-        return image.repeat_interleave(scale, dim=-2).repeat_interleave(scale, dim=-1)
+        *planes, height, width = image.shape
+        cells = image[..., :, None, :, None].expand(*planes, height, scale, width, scale)
+        return cells.reshape(*planes, height * scale, width * scale)
 
     def encode(self, image: Tensor) -> Posterior:
         image = image.to(self.device)[..., :: self._cell, :: self._cell]

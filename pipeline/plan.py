@@ -13,14 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 
 from pipeline.config import Config, Format
 from pipeline.cost import Flops, count_flops
 from pipeline.errors import ConfigError, OutputError, RunMismatch, WontFit
 from pipeline.grid import Canvas, split
 from pipeline.network import architecture, guidance_scale, weights_fingerprint
+from pipeline.raster.gdal_source import CACHE_BYTES
 from pipeline.raster.header import Frozen, Header
+from pipeline.raster.ome_zarr import COMPRESSIONS as ZARR_COMPRESSIONS
 from pipeline.raster.overviews import n_levels
+from pipeline.raster.rows import ROWS_BYTES
 from pipeline.raster.source import fingerprint, open_source
 from stablesr.box import Box
 from stablesr.config import StableSRConfig
@@ -30,8 +34,8 @@ GIB = 2**30
 TYPICAL_COMPRESSION = 0.7
 """Of what pixels take in the store and in a compressed file, to what they take as they are; zstd on real pictures."""
 
-GDAL_CACHE = GIB // 4
-"""Bytes of decoded source that GDAL keeps, in the process that reads it."""
+SOURCE_BYTES = CACHE_BYTES + 2 * ROWS_BYTES
+"""Of decoded source that the process which reads it keeps, at the most."""
 
 PROCESS = 0.6 * GIB
 """Bytes of a worker with nothing to do: Python, PyTorch, Zarr and GDAL."""
@@ -59,17 +63,7 @@ class Plan(Frozen):
 
     @property
     def canvas(self) -> Canvas:
-        network, sampling = self.architecture, self.config.sampling
-        return Canvas(
-            self.header.height,
-            self.header.width,
-            self.config.scale,
-            network.autoencoder.factor,
-            network.tile,
-            network.tile // 2 if sampling.overlap is None else sampling.overlap,
-            sampling.patch,
-            self.config.grid.block,
-        )
+        return _canvas(self.header, self.config, self.architecture)
 
     @property
     def steps(self) -> int:
@@ -136,24 +130,29 @@ class Plan(Frozen):
     @property
     def network_bytes(self) -> int:
         """Of weights and activations, about."""
-        width = 4 if self.config.model.precision == "float32" else 2 if self.config.model.device != "cpu" else 4
+        model = self.config.model
+        width = {"float32": 4, "bfloat16": 2, "float16": 2}.get(model.precision, 2 if _on_gpu(model.device) else 4)
         return int(self.flops.parameters * width + self.flops.activations * width * self.config.sampling.batch)
 
     @property
     def memory_bytes(self) -> int:
         """Of one worker and the driver at their peak, about; on a GPU, the network's part is there."""
-        return int(self.network_bytes + self.config.run.memory * GIB + GDAL_CACHE + 2 * PROCESS)
+        return int(self.network_bytes + self.config.run.memory * GIB + SOURCE_BYTES + 2 * PROCESS)
 
     # Disk
 
     @property
+    def latent_bytes(self) -> int:
+        """Of all layers' latents in the store, once; all blocks are as large as the largest."""
+        blocks = self.canvas.blocks
+        return len(blocks) * blocks.side**2 * self.latent_channels * 4 * len(self.layers)
+
+    @property
     def store_bytes(self) -> int:
         """What the run's folder takes at its largest, about."""
-        canvas, layers = self.canvas, len(self.layers)
-        latents = canvas.latents.height * canvas.latents.width * self.latent_channels * 4 * layers
         mask = 0 if self.header.validity == "all" else self.header.height * self.header.width
         pixels = self.header.n_bytes + mask + self.target.n_bytes * (4 / 3 if self.n_levels > 1 else 1)
-        return int(3 * latents + TYPICAL_COMPRESSION * pixels)
+        return int(3 * self.latent_bytes + TYPICAL_COMPRESSION * pixels)
 
     @property
     def file_bytes(self) -> int:
@@ -164,22 +163,23 @@ class Plan(Frozen):
     @property
     def n_affordable_commits(self) -> int:
         """Of one layer's latents, in a run that writes no more than twice the size of its output; at least 1."""
-        latents = self.resident_bytes / 3 * len(self.layers)
-        spare = 2 * self.target.n_bytes - (self.store_bytes - 2 * latents) - self.file_bytes
-        return max(int(spare / latents), 1)
+        spare = 2 * self.target.n_bytes - (self.store_bytes - 2 * self.latent_bytes) - self.file_bytes
+        return max(int(spare / self.latent_bytes), 1)
 
     # Arithmetic
 
     @property
     def tile_steps(self) -> int:
         """Network evaluations of a tile, each of the steps and layers counted; guidance doubles them."""
-        evaluations = 2 if guidance_scale(self.config.sampling) != 1.0 else 1
+        sampling = self.config.sampling
+        evaluations = 2 if sampling.negative_prompt is not None and guidance_scale(sampling) != 1.0 else 1
         return len(self.canvas.tiles) * self.steps * len(self.layers) * evaluations
 
     @property
     def total_flops(self) -> float:
-        patches = len(self.canvas.patches) * len(self.layers)
-        return self.tile_steps * self.flops.tile_step + patches * (self.flops.encode_patch + self.flops.decode_patch)
+        decoded = 2 if self.config.sampling.color == "adain" else 1
+        each = self.flops.encode_patch + decoded * self.flops.decode_patch
+        return self.tile_steps * self.flops.tile_step + len(self.canvas.patches) * len(self.layers) * each
 
     # Identity
 
@@ -249,7 +249,7 @@ def make_plan(config: Config) -> Plan:
             f"sampling.overlap={config.sampling.overlap} must be smaller than the tile, {network.tile} latents, or "
             f"tiles never advance\nhint: {network.tile // 2} is a good overlap"
         )
-    n_bands = len(header.bands)
+    n_bands, patches = len(header.bands), _canvas(header, config, network).patches
     plan = Plan(
         version=importlib.metadata.version("gigasr"),
         config=config,
@@ -258,10 +258,23 @@ def make_plan(config: Config) -> Plan:
         header=header,
         network=network.to_json(),
         layers=tuple(tuple(range(first, min(first + 3, n_bands))) for first in range(0, n_bands, 3)),
-        flops=count_flops(network, config.sampling.patch),
+        flops=count_flops(network, patches.tile_height, patches.tile_width),
     )
     _check_room(plan)
     return plan
+
+
+def _canvas(header: Header, config: Config, network: StableSRConfig) -> Canvas:
+    return Canvas(
+        header.height,
+        header.width,
+        config.scale,
+        network.autoencoder.factor,
+        network.tile,
+        network.tile // 2 if config.sampling.overlap is None else config.sampling.overlap,
+        config.sampling.patch,
+        config.grid.block,
+    )
 
 
 def read_plan(folder: Path) -> Plan | None:
@@ -272,7 +285,7 @@ def read_plan(folder: Path) -> Plan | None:
     """
     try:
         text = (folder / "plan.json").read_text(encoding="utf-8")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     try:
         return Plan.model_validate_json(text)
@@ -285,7 +298,11 @@ def read_plan(folder: Path) -> Plan | None:
 
 def _check_output(config: Config) -> None:
     output = Path(config.output)
-    config.format  # noqa: B018  # raises if the name does not tell
+    if config.format == "ome-zarr" and config.file.compression not in (None, *ZARR_COMPRESSIONS):
+        raise ConfigError(
+            f"compression={config.file.compression} is none that OME-Zarr is written with\n"
+            f"hint: {' or '.join(ZARR_COMPRESSIONS)}"
+        )
     if os.path.realpath(output) == os.path.realpath(config.source):
         raise OutputError(f"the output {output} is the source\nhint: give the output another name")
     if output.exists() and not config.file.overwrite:
@@ -295,16 +312,17 @@ def _check_output(config: Config) -> None:
     folder = output.parent
     if not folder.is_dir():
         raise OutputError(f"there is no folder {folder} to write {output.name} to\nhint: mkdir -p {folder}")
-    for place in {folder, config.folder if config.folder.exists() else _existing(config.folder)}:
+    run = _existing(config.folder)
+    if not run.is_dir():
+        raise OutputError(f"the run's folder {config.folder} cannot be: {run} is a file\nhint: --run names another")
+    for place in {folder, run}:
         if not os.access(place, os.W_OK | os.X_OK):
             raise OutputError(f"{place} cannot be written to: {os.strerror(errno.EACCES).lower()}")
-    if config.folder.exists() and not config.folder.is_dir():
-        raise OutputError(f"the run's folder {config.folder} is a file\nhint: --run names another folder")
 
 
 def _existing(path: Path) -> Path:
-    """The closest folder above that exists."""
-    return next(parent for parent in [path.absolute(), *path.absolute().parents] if parent.exists())
+    """A path, or the closest above it that exists."""
+    return next(place for place in [path.absolute(), *path.absolute().parents] if place.exists())
 
 
 def _check_room(plan: Plan) -> None:
@@ -323,8 +341,7 @@ def _check_room(plan: Plan) -> None:
                 "hint: make room, or put the run's folder on another disk with --run"
             )
     available = psutil.virtual_memory().total
-    on_cpu = plan.config.model.device == "cpu" or not _sees_gpu()
-    needed = plan.memory_bytes - (0 if on_cpu else plan.network_bytes)
+    needed = plan.memory_bytes - (plan.network_bytes if _on_gpu(plan.config.model.device) else 0)
     if needed > available:
         raise WontFit(
             f"the run needs about {_bytes(needed)} of memory, and this machine has {_bytes(available)}\n"
@@ -332,10 +349,8 @@ def _check_room(plan: Plan) -> None:
         )
 
 
-def _sees_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
+def _on_gpu(device: str) -> bool:
+    return device != "cpu" and torch.cuda.is_available()
 
 
 def _bytes_in(folder: Path) -> int:
@@ -350,7 +365,10 @@ def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _changed(now: dict[str, Any], then: dict[str, Any]) -> str:
-    names = [key for key in {**then, **now} if now.get(key) != then.get(key)]
+    """Of two fingerprints, the files that are not in both."""
+    names = {
+        file["name"] for file in [*now["files"], *then["files"]] if not (file in now["files"] and file in then["files"])
+    }
     return f"{', '.join(sorted(names))} changed since"
 
 

@@ -1,5 +1,6 @@
 """The stages in order: what is asked of the workers, and when it counts as done."""
 
+import math
 import os
 import shutil
 import time
@@ -30,7 +31,7 @@ from pipeline.raster.validate import validate
 from pipeline.signals import NEVER, Stopping
 from pipeline.stages import decode, encode, export, ingest, overviews, sample
 from pipeline.status import newest_slot, stage_counts
-from pipeline.store import RunStore, unit_name, write_atomically
+from pipeline.store import RunStore, unit_name
 from pipeline.workers import LocalWorkers, Workers
 from stablesr.box import Box
 
@@ -82,7 +83,7 @@ def run(config: Config, listener: Listener = lambda event: None, stopping: Stopp
                 _Driver(plan, store, workers, listener, stopping).run()
             finally:
                 workers.close()
-            output = _finish(plan)
+            output = _finish(plan, store)
             if not config.run.keep:
                 shutil.rmtree(config.folder, ignore_errors=True)
     except BaseException:
@@ -97,11 +98,11 @@ def _open(plan: Plan, store: RunStore) -> bool:
     """Make the run's folder, or recognise it; whether there is something to go on with."""
     known = read_plan(store.folder)
     if known is None:
-        if any(path.name != "lock" for path in store.folder.iterdir()):
+        if any(path.name != "lock" and path.suffix != ".tmp" for path in store.folder.iterdir()):
             raise RunMismatch(
                 f"{store.folder} is not the folder of a run, and not empty\nhint: --run names another folder"
             )
-        write_atomically(store.folder / "plan.json", plan.model_dump_json(indent=1))
+        store.keep_plan(plan.model_dump_json(indent=1))
     elif differences := plan.differences(known):
         raise RunMismatch(
             f"{store.folder} belongs to another run, which differs in\n"
@@ -123,10 +124,14 @@ def _make_workers(plan: Plan, folder: Path, stopping: Callable[[], bool]) -> Wor
     return RayWorkers(plan, folder)
 
 
-def _finish(plan: Plan) -> Path:
-    """Give the output its name."""
+def _finish(plan: Plan, store: RunStore) -> Path:
+    """Give the output its name, if it is what it should be; else it is written again the next time."""
     part, output = export.part_of(plan), Path(plan.config.output)
-    validate(part, plan.target, plan.format)
+    try:
+        validate(part, plan.target, plan.format)
+    except WorkFailed:
+        store.unmark(export.COMPLETE)
+        raise
     if output.exists() and not plan.config.file.overwrite:
         raise WorkFailed(
             f"{output} came into being while the run was under way; the result is in {part}\n"
@@ -194,6 +199,7 @@ class _Driver:
         self.listener(StageStarted(stage, total, done))
         self._stop_if_asked()
         work()
+        self._gather([self.workers.ask(worker, "rest") for worker in range(len(self.workers))])
         self.listener(StageFinished(stage, time.monotonic() - started))
 
     def _stop_if_asked(self) -> None:
@@ -278,8 +284,9 @@ class _Driver:
     # Encode and decode: patches in, blocks out
 
     def _encode(self, layer: int) -> None:
-        todo = self._in_bands(self.plan.canvas.blocks, f"encode/{layer}")
-        self._patch_map("encode", todo, encode.patches_of, ("encode_patch", layer), ("encode_block", layer))
+        each = encode.patch_bytes(self.plan)
+        todo = self._in_bands(self.plan.canvas.blocks, f"encode/{layer}", each)
+        self._patch_map("encode", todo, encode.patches_of, each, ("encode_patch", layer), ("encode_block", layer))
 
     def _decode(self, layer: int) -> None:
         self._from_latents("decode", layer, "decode_block")
@@ -289,18 +296,19 @@ class _Driver:
 
     def _from_latents(self, stage: str, layer: int, method: str) -> None:
         slot, _ = newest_slot(self.store, layer)
-        todo = self._in_bands(self.plan.canvas.output_blocks, f"{stage}/{layer}")
-        self._patch_map(stage, todo, decode.patches_of, ("decode_patch", layer, slot), (method, layer))
+        each = decode.patch_bytes(self.plan)
+        todo = self._in_bands(self.plan.canvas.output_blocks, f"{stage}/{layer}", each)
+        self._patch_map(stage, todo, decode.patches_of, each, ("decode_patch", layer, slot), (method, layer))
 
-    def _in_bands(self, blocks: Any, stage: str) -> list[Index]:
+    def _in_bands(self, blocks: Any, stage: str, patch_bytes: int) -> list[Index]:
         """The blocks that are not finished, in an order in which few patches wait for their last block.
 
         Row by row, in bands of columns that are so narrow that the patches between two rows fit into memory.
         """
-        patches, factor = self.plan.canvas.patches, self.plan.canvas.factor
-        patch_bytes = 12 * patches.tile_height * patches.tile_width * factor**2
-        per_column = 2 * (self.plan.canvas.block / max(patches.tile_width - patches.overlap, 1) + 1) * patch_bytes
-        width = max(int(self.plan.patch_bytes / per_column), 1)
+        patches = self.plan.canvas.patches
+        across = math.ceil(self.plan.canvas.block / max(patches.tile_width - patches.overlap, 1)) + 1  # of a block
+        most = self.plan.patch_bytes // patch_bytes
+        width = max((most - across**2) // (2 * across), 1)
         done = self.store.markers(stage)
         order = sorted(blocks, key=lambda index: (index[1] // width, index))
         return [index for index in order if index not in done]
@@ -310,6 +318,7 @@ class _Driver:
         stage: str,
         todo: Sequence[Index],
         patches_of: Callable[[Plan, Index], list[Box]],
+        patch_bytes: int,
         patch_question: tuple[Any, ...],
         block_question: tuple[Any, ...],
     ) -> None:
@@ -317,20 +326,19 @@ class _Driver:
         unless memory runs out: then the oldest is dropped, and computed again when it is needed."""
         waiting = Counter(patch for index in todo for patch in patches_of(self.plan, index))
         kept: dict[Box, Any] = {}
-        each = 12 * (self.plan.canvas.patches.tile_height * self.plan.canvas.patches.tile_width)
-        each *= self.plan.canvas.factor**2
-        most = max(self.plan.patch_bytes // each, 1)
+        most = max(self.plan.patch_bytes // patch_bytes, 1)
 
         def ask(worker: int, index: Index) -> Any:
             patches = patches_of(self.plan, index)
+            others = [patch for patch in kept if patch not in patches]
+            for patch in others[: max(len(others) + len(patches) - most, 0)]:
+                del kept[patch]
             for patch in patches:
                 if patch not in kept:
                     kept[patch] = self.workers.ask(worker, *patch_question, patch)
             handle = self.workers.ask(worker, *block_question, index, *(kept[patch] for patch in patches))
             waiting.subtract(patches)
-            for patch in [patch for patch in kept if not waiting[patch]]:
-                del kept[patch]
-            for patch in [*kept][: max(len(kept) - most, 0)]:
+            for patch in [patch for patch in patches if not waiting[patch]]:
                 del kept[patch]
             return handle
 
@@ -355,6 +363,7 @@ class _Driver:
 
     def _sample_resident(self, layer: int, rectangles: Sequence[Box], step: int, slot: str | None) -> None:
         """Steps in the workers' memory, committed now and then."""
+        self.store.unmark(f"stream/{layer}")  # where a step was half streamed, commits are written now
         shares = resident_shares(self.plan.canvas, rectangles)
         workers = range(len(shares))
         self._gather([self.workers.ask(w, "load", layer, shares[w], step, slot) for w in workers])
@@ -389,7 +398,7 @@ class _Driver:
 
     def _commit(self, layer: int, shares: Sequence[Share], slot: str | None, step: int) -> str:
         started = time.monotonic()
-        slot = _other(slot)
+        slot = sample.other_slot(slot)
         self.store.unmark(f"sample/{layer}/{slot}")
         written = self._gather([self.workers.ask(w, "commit", slot, step) for w in range(len(shares))])
         self._seal(layer, slot, step, written, started)
@@ -397,7 +406,7 @@ class _Driver:
 
     def _stream_step(self, layer: int, rectangles: Sequence[Box], step: int, slot: str | None) -> str:
         """One step of all shares, one after another, from one slot to the other."""
-        started, next_slot = time.monotonic(), _other(slot)
+        started, next_slot = time.monotonic(), sample.other_slot(slot)
         self.store.unmark(f"sample/{layer}/{next_slot}")
         folder = f"stream/{layer}/{step + 1}"
         shares = {f"{folder}/{r.top}-{r.left}-{r.bottom}-{r.right}": share for r, share in
@@ -432,11 +441,6 @@ class _Driver:
         export.export(self.plan, self.store, lambda n: self.listener(UnitsDone("export", n)), self.stopping)
 
 
-def _other(slot: str | None) -> str:
-    a, b = sample.SLOTS
-    return b if slot == a else a
-
-
 def forget(store: RunStore, array: str, index: Index) -> None:
     """Take back that a block of an array is done, so that it is computed again; of latents, a whole commit."""
     kind, _, rest = array.partition("/")
@@ -445,7 +449,9 @@ def forget(store: RunStore, array: str, index: Index) -> None:
     elif kind == "lr_latents":
         store.unmark(unit_name(f"encode/{rest}", index))
     elif kind == "latents":
+        layer, _, _ = rest.partition("/")
         store.unmark(f"sample/{rest}")
+        store.unmark(f"stream/{layer}")  # a step that was under way is taken again, from another start
     elif kind == "output":
         store.unmark(unit_name(f"decode/{rest}", index))
     else:

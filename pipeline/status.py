@@ -1,6 +1,7 @@
 """How far a run is, read from its folder alone: from any machine, while it works or after."""
 
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from pipeline.errors import UserError
@@ -56,7 +57,10 @@ def read_status(folder: Path) -> Status:
     store = RunStore(folder)
     stages = tuple(StageStatus(stage=stage, done=done, total=total) for stage, (done, total) in
                    stage_counts(plan, store).items())  # fmt: skip
-    times = [path.stat().st_mtime for path in (folder / "done").rglob("*.json")]
+    times = []
+    for path in (folder / "done").rglob("*.json"):
+        with suppress(FileNotFoundError):  # the run has taken it back meanwhile
+            times.append(path.stat().st_mtime)
     return Status(
         folder=str(folder),
         source=plan.config.source,

@@ -23,9 +23,9 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 from zarr.abc.store import ByteRequest
-from zarr.codecs import Crc32cCodec, ZstdCodec
+from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 from zarr.core.buffer import Buffer, BufferPrototype
-from zarr.storage import LocalStore, WrapperStore
+from zarr.storage import LocalStore, MemoryStore, WrapperStore
 
 from pipeline.errors import Damaged, RunMismatch, WorkFailed
 from pipeline.grid import Blocks, Index
@@ -33,6 +33,9 @@ from stablesr.box import Box
 
 CHUNK = 512
 """Side of what is compressed at once, in pixels; a block of pixels is a shard of these."""
+
+CHECKED = 1 << 18
+"""Bytes that a checksum looks at at once: it wants them copied, and a cache holds that many."""
 
 Kind = Literal["pixels", "latents"]
 
@@ -42,11 +45,11 @@ class _MissingChunk(LookupError):
 
 
 class _NothingIsMissing(WrapperStore[LocalStore]):
-    """A store in which chunks that are not there are errors."""
+    """A store in which chunks that are not there are errors, and so are those without a byte."""
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
         found = await super().get(key, prototype, byte_range)
-        if found is None and "/c/" in key:
+        if not found and "/c/" in key:
             raise _MissingChunk(key)
         return found
 
@@ -64,27 +67,29 @@ class RunStore:
     # Arrays
 
     def create(self, name: str, kind: Kind, bands: int, blocks: Blocks, dtype: str) -> None:
-        """Make an empty array, unless it is there. The driver does, before anything is written.
+        """Make an empty array, or see that it is there as it should be. The driver does, before anything is written.
 
         Pixels are compressed in chunks within the block; latents are stored as they are; both with checksums.
         """
-        if (self._root / name / "zarr.json").is_file():
-            return
         side = blocks.side
-        with self._named(name):
-            zarr.create_array(
-                LocalStore(self._root),
-                name=name,
-                shape=(bands, blocks.height, blocks.width),
-                chunks=(bands, min(CHUNK, side), min(CHUNK, side)) if kind == "pixels" else (bands, side, side),
-                shards=(bands, side, side) if kind == "pixels" else None,
-                dtype=dtype,
-                compressors=[ZstdCodec(level=1, checksum=True)] if kind == "pixels" else [Crc32cCodec()],
-                fill_value=0,
-                config={"write_empty_chunks": True},
-                dimension_names=("band", "y", "x"),
-                zarr_format=3,
-            )
+        described: dict[str, Buffer] = {}  # what makes a folder an array has no checksum, so it is made every time
+        zarr.create_array(
+            MemoryStore(described),
+            name=name,
+            shape=(bands, blocks.height, blocks.width),
+            chunks=(bands, min(CHUNK, side), min(CHUNK, side)) if kind == "pixels" else (bands, side, side),
+            shards=(bands, side, side) if kind == "pixels" else None,
+            dtype=dtype,
+            compressors=_pixel_codecs(dtype) if kind == "pixels" else [Crc32cCodec()],
+            fill_value=0,
+            dimension_names=("band", "y", "x"),
+            zarr_format=3,
+        )
+        for key, metadata in described.items():
+            path, content = self._root / key, metadata.to_bytes()
+            with self._named(name):
+                if not path.is_file() or path.read_bytes() != content:
+                    write_atomically(path, content.decode())
 
     def read(self, name: str, box: Box) -> NDArray[Any]:
         """(bands, box.height, box.width) of an array.
@@ -97,6 +102,8 @@ class RunStore:
             return np.asarray(array[:, box.top : box.bottom, box.left : box.right])
         except OSError as error:
             raise self._failed(f"reading {name}", error) from error
+        except MemoryError:
+            raise
         except Exception as error:  # what codecs raise on bad bytes has no common ancestor
             raise self._damage(name, array, box, error) from None
 
@@ -140,6 +147,12 @@ class RunStore:
                 array = zarr.open_array(store if writing else _NothingIsMissing(store), path=name, mode="r+")
             except FileNotFoundError as error:
                 raise WorkFailed(f"{self._root / name} is gone: the run cannot go on without it") from error
+            except OSError as error:
+                raise self._failed(f"opening {name}", error) from error
+            except Exception as error:  # as with chunks
+                raise WorkFailed(
+                    f"{self._root / name / 'zarr.json'} is damaged: {error}\nhint: the same command mends it"
+                ) from error
             self._arrays[key] = array.with_config({"write_empty_chunks": True})
         return self._arrays[key]
 
@@ -178,18 +191,20 @@ class RunStore:
     def mark(self, unit: str, payload: Mapping[str, Any]) -> None:
         """Say that a unit is done, in one atomic step. `unit` is its path, such as "encode/0/3-5"."""
         with self._named(f"the marker {unit}"):
-            write_atomically(self.folder / "done" / f"{unit}.json", json.dumps(payload))
+            write_atomically(self.folder / "done" / f"{unit}.json", _sealed(payload))
 
     def marker(self, unit: str) -> dict[str, Any] | None:
-        """What was said when a unit was done; None if it is not."""
+        """What was said when a unit was done; None if it is not, or if it cannot be trusted any more."""
         try:
-            payload = json.loads((self.folder / "done" / f"{unit}.json").read_text(encoding="utf-8"))
+            text = (self.folder / "done" / f"{unit}.json").read_text(encoding="utf-8")
+            payload: dict[str, Any] = json.loads(text)["payload"]
         except FileNotFoundError:
             return None
-        except ValueError:  # a crash of the machine may leave an empty file: then nothing was said
+        except OSError as error:
+            raise self._failed(f"reading the marker {unit}", error) from error
+        except (ValueError, TypeError, KeyError):  # not what was written: then nothing was said
             return None
-        assert isinstance(payload, dict)
-        return payload
+        return payload if _sealed(payload) == text else None
 
     def markers(self, stage: str) -> dict[Index, dict[str, Any]]:
         """Of all finished blocks of a stage, by row and column."""
@@ -220,8 +235,10 @@ class RunStore:
         Raises:
             RunMismatch: if one is at work.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / "lock", "w", encoding="utf-8") as file:
+        with self._named("the lock"):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            file = open(self.folder / "lock", "w", encoding="utf-8")  # noqa: SIM115 - until the end of the `with` below
+        with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -230,6 +247,11 @@ class RunStore:
                 ) from None
             yield
 
+    def keep_plan(self, text: str) -> None:
+        """Write the plan of the run."""
+        with self._named("the plan"):
+            write_atomically(self.folder / "plan.json", text)
+
     def sweep(self) -> None:
         """Remove what an interrupted write left behind."""
         for pattern in ("*.partial", "*.tmp"):
@@ -237,13 +259,32 @@ class RunStore:
                 path.unlink(missing_ok=True)
 
 
+def _pixel_codecs(dtype: str) -> list[BloscCodec | Crc32cCodec | ZstdCodec]:
+    """Compression that is quick rather than thorough, and checksums.
+
+    Of samples of several bytes, bits of one significance are put side by side: the upper ones are much the same in a
+    whole chunk. That takes less time than zstd, which does not see it, and less space; see tests/benchmarks/notes.
+    """
+    if np.dtype(dtype).itemsize == 1:
+        return [ZstdCodec(level=1, checksum=True)]
+    return [BloscCodec(typesize=np.dtype(dtype).itemsize, cname="lz4", clevel=1, shuffle="bitshuffle"), Crc32cCodec()]
+
+
 def unit_name(stage: str, index: Index) -> str:
     return f"{stage}/{index[0]}-{index[1]}"
 
 
+def _sealed(payload: Mapping[str, Any]) -> str:
+    """A marker's text, with the CRC-32C of what it says."""
+    return json.dumps({"payload": payload, "crc32c": google_crc32c.value(json.dumps(payload).encode())})
+
+
 def checksum(values: NDArray[Any]) -> int:
     """CRC-32C of an array's bytes in C order."""
-    return int(google_crc32c.value(values.tobytes()))
+    whole, crc = np.ascontiguousarray(values).reshape(-1).view(np.uint8), 0
+    for start in range(0, len(whole), CHECKED):
+        crc = google_crc32c.extend(crc, whole[start : start + CHECKED].tobytes())
+    return int(crc)
 
 
 def write_atomically(path: Path, text: str) -> None:

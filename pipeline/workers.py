@@ -4,7 +4,9 @@ A driver asks a worker to do something and gets a handle at once; a handle may b
 that what is large goes from worker to worker and the driver holds no pixels.
 """
 
+import ctypes
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -48,6 +50,14 @@ class Worker:
         if self._source is None:
             self._source = open_source(plan.config.source, plan.config.bands)
         self._mark(unit_name("ingest", index), ingest.ingest_block(plan, store, self._source, index))
+
+    def rest(self) -> None:
+        """A stage is over: give back what the next does not need."""
+        if self._source is not None:
+            self._source.close()
+        self._source = None
+        with suppress(OSError, AttributeError):  # glibc's; freed memory is the system's only when the top of it is free
+            ctypes.CDLL(None).malloc_trim(0)
 
     def encode_patch(self, layer: int, patch: Box) -> Any:
         return encode.encode_patch(self.context, layer, patch)

@@ -20,6 +20,9 @@ from stablesr.box import Box
 WINDOW_VARIANCE = 0.01
 """Of the Gaussian weights, in units of the squared side of the tile."""
 
+PANEL = 1 << 18
+"""Numbers that are blended at once on a CPU: as many as its cache holds some copies of."""
+
 
 @dataclass(frozen=True)
 class TileGrid:
@@ -166,16 +169,30 @@ def blend(grid: TileGrid, region: Box, predictions: Sequence[Prediction]) -> Ten
             f"{region} needs each of the {len(expected)} tiles that touch it once: "
             f"{missing} are missing, {len(given) + missing - len(expected)} are too many"
         )
-    first = ordered[0].values
-    total = torch.zeros(first.shape[0], region.height, region.width, dtype=torch.float32, device=first.device)
-    for tile, part, values in ordered:
+    for tile, part, _ in ordered:
         wanted = tile.overlap(region)
         assert wanted is not None
         if wanted.overlap(part) != wanted:
             raise ValueError(f"of tile {tile} only {part} was given, but {region} needs {wanted}")
-        weights = window[wanted.within(tile)].to(values.device)
-        total[(slice(None), *wanted.within(region))] += weights * values[(slice(None), *wanted.within(part))].float()
-    return total / window_sum(grid, region).to(total.device)
+    first = ordered[0].values
+    blended = torch.zeros(first.shape[0], region.height, region.width, dtype=torch.float32, device=first.device)
+    for panel in _panels(region, first):
+        total = blended[(slice(None), *panel.within(region))]
+        for tile, part, values in ordered:
+            here = tile.overlap(panel)
+            if here is not None:
+                weights = window[here.within(tile)].to(values.device)
+                crop = values[(slice(None), *here.within(part))].float()
+                total[(slice(None), *here.within(panel))].addcmul_(weights, crop)
+        total /= window_sum(grid, panel).to(total.device)
+    return blended
+
+
+def _panels(region: Box, values: Tensor) -> Iterator[Box]:
+    """A region in rows; on a CPU so few at a time that they stay in its cache until they are blended."""
+    rows = max(PANEL // (values.shape[0] * region.width), 1) if values.device.type == "cpu" else region.height
+    for top in range(region.top, region.bottom, rows):
+        yield Box(top, region.left, min(top + rows, region.bottom), region.right)
 
 
 def window_sum(grid: TileGrid, region: Box) -> Tensor:
@@ -185,8 +202,8 @@ def window_sum(grid: TileGrid, region: Box) -> Tensor:
     """
     rows = _axis_sum(grid.height, grid.tile_height, grid.overlap, grid.tile_height / 2)
     columns = _axis_sum(grid.width, grid.tile_width, grid.overlap, (grid.tile_width - 1) / 2)
-    product = rows[region.top : region.bottom, None] * columns[None, region.left : region.right]
-    return product.to(torch.float32)
+    of_rows, of_columns = rows[region.top : region.bottom, None], columns[None, region.left : region.right]
+    return of_rows.to(torch.float32) * of_columns.to(torch.float32)
 
 
 @cache

@@ -323,6 +323,8 @@ class StableSR(nn.Module):
 
         target = (slice(None), slice(height), slice(width))
         pixels, enlarged = self.decode_canvas(x, enlarged, cfw, patch)[target], enlarged[target]
+        if image.ndim == 2:  # the three channels were one band
+            pixels, enlarged = pixels.mean(dim=0, keepdim=True), enlarged[:1]
         if color == "wavelet":
             pixels = wavelet_correction(pixels, enlarged)
         elif color == "adain":

@@ -23,6 +23,9 @@ from pipeline.raster.rows import WholeRows
 from pipeline.raster.source import Pixels, Source
 from stablesr.box import Box
 
+CACHE_BYTES = 64 << 20
+"""Of decoded blocks that GDAL keeps, of all open rasters; by default it is a twentieth of the machine's memory."""
+
 NAMES_SHOWN = 8
 """Of subdatasets, in an error."""
 
@@ -162,7 +165,7 @@ def _gdal(task: str) -> Iterator[None]:
     without an error (3.10.3), and it keeps all of the picture.
     """
     try:
-        with rasterio.Env(GDAL_PNG_WHOLE_IMAGE_OPTIM="NO"):
+        with rasterio.Env(GDAL_PNG_WHOLE_IMAGE_OPTIM="NO", GDAL_CACHEMAX=CACHE_BYTES):
             yield
     except (RasterioError, CPLE_BaseError, UnicodeDecodeError) as error:
         problem = str(error.__cause__ or error)

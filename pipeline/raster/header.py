@@ -1,12 +1,20 @@
 """What a raster says about itself, apart from its pixels, and what that becomes `s` times larger."""
 
 import math
+import re
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
 DType = Literal["uint8", "uint16", "int16", "float32"]
 Validity = Literal["all", "nodata", "mask", "alpha"]
+
+LARGEST = {"uint8": 255, "uint16": 65535, "int16": 32767}
+EPSILON, SMALLEST = 2.0**-23, 2.0**-149
+"""Of float32: between 1 and the next larger number; between 0 and the next."""
+
+NUMBER = re.compile(r"\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+"""At the beginning of a text."""
 
 
 class Frozen(BaseModel):
@@ -77,6 +85,19 @@ class Header(Frozen):
         return len(self.bands) + (self.validity == "alpha")
 
     @property
+    def beside_nodata(self) -> float | None:
+        """The value of pixels that count but come so close to nodata that a reader would take them for it; None if
+        there is no such value.
+
+        GDAL takes floats for equal where they differ by less than 2 epsilon of their sum, so twice that is kept.
+        """
+        if self.nodata is None or not math.isfinite(self.nodata):
+            return None
+        if self.dtype == "float32":
+            return self.nodata * (1.0 - 8 * EPSILON) or SMALLEST
+        return self.nodata + 1 if self.nodata < LARGEST[self.dtype] else self.nodata - 1
+
+    @property
     def itemsize(self) -> int:
         """Bytes of a sample."""
         return {"uint8": 1, "uint16": 2, "int16": 2, "float32": 4}[self.dtype]
@@ -95,12 +116,6 @@ class Header(Frozen):
         Args:
             tags: added to the default domain.
         """
-        rpcs = self.rpcs
-        if rpcs is not None:
-            rpcs = dict(rpcs)
-            for axis in ("LINE", "SAMP"):
-                rpcs[f"{axis}_OFF"] = repr(s * float(rpcs[f"{axis}_OFF"]) + (s - 1) / 2)
-                rpcs[f"{axis}_SCALE"] = repr(s * float(rpcs[f"{axis}_SCALE"]))
         transform = self.transform
         if transform is not None:
             a, b, c, d, e, f = transform
@@ -111,13 +126,22 @@ class Header(Frozen):
                 "width": s * self.width,
                 "transform": transform,
                 "gcps": tuple(p.model_copy(update={"row": s * p.row, "col": s * p.col}) for p in self.gcps),
-                "rpcs": rpcs,
+                "rpcs": None if self.rpcs is None else _rescaled_rpcs(self.rpcs, s),
                 "tags": {**_rescaled(self.tags, s), **(tags or {})},
                 "bands": tuple(band.model_copy(update={"tags": _still_true(band.tags)}) for band in self.bands),
                 "microns_per_pixel": self.microns_per_pixel
                 and (self.microns_per_pixel[0] / s, self.microns_per_pixel[1] / s),
             }
         )
+
+
+def _rescaled_rpcs(rpcs: dict[str, str], s: int) -> dict[str, str]:
+    scaled = dict(rpcs)
+    for name, shift in (("LINE_OFF", (s - 1) / 2), ("SAMP_OFF", (s - 1) / 2), ("LINE_SCALE", 0.0), ("SAMP_SCALE", 0.0)):
+        number = NUMBER.match(rpcs.get(name, ""))  # some files add the unit: "+002199.00 pixels"
+        if number is not None:
+            scaled[name] = repr(s * float(number[0]) + shift)
+    return scaled
 
 
 def _rescaled(tags: dict[str, str], s: int) -> dict[str, str]:

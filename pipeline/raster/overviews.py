@@ -62,7 +62,7 @@ def halve(
     What is valid, and what becomes of cells without a valid pixel, depends on `header.validity`:
 
         nodata   per band: finite and not nodata. A cell without any is nodata, or NaN if nothing is declared; a mean
-                 that happens to equal nodata is moved by one representable step, so that it stays valid
+                 that happens to be nodata, or so close that readers would take it for that, is moved beside it
         mask     pixels whose mask is not 0. A cell with any is valid; one without is the mean of all
         alpha    colours: pixels whose alpha is not 0, or else all. Alpha itself is the plain mean
 
@@ -85,7 +85,7 @@ def halve(
     for rows, cells in _strips(height, width):
         for band, (source, target) in enumerate(zip(pixels, halved, strict=True)):
             if header.validity == "nodata":
-                target[cells] = _halve_nodata(source[rows], header.nodata)
+                target[cells] = _halve_nodata(source[rows], header)
             elif valid is None or (header.validity == "alpha" and band == count - 1):
                 target[cells] = _mean_of_all(_even(source[rows]))
             else:
@@ -150,8 +150,8 @@ def _mean_of_valid(strip: NDArray[Any], valid: NDArray[np.bool_]) -> NDArray[Any
     return mean
 
 
-def _halve_nodata(strip: NDArray[Any], nodata: float | None) -> NDArray[Any]:
-    is_float = strip.dtype == np.float32
+def _halve_nodata(strip: NDArray[Any], header: Header) -> NDArray[Any]:
+    is_float, nodata = strip.dtype == np.float32, header.nodata
     value: Any = None
     if nodata is not None and (is_float or float(nodata).is_integer()):
         with np.errstate(over="ignore"):  # beyond float32 it is infinite, and so is not finite
@@ -165,17 +165,14 @@ def _halve_nodata(strip: NDArray[Any], nodata: float | None) -> NDArray[Any]:
     else:
         mean = _mean_of_valid(strip, valid)
         mean[_sums(valid.view(np.uint8)) == 0] = np.nan if value is None else value
-    if value is not None and not np.isnan(value):
-        mean[(mean == value) & (_sums(valid.view(np.uint8)) > 0)] = _beside(value)
+    beside = header.beside_nodata
+    if value is not None and beside is not None:
+        near = mean == value
+        if is_float:
+            with np.errstate(over="ignore", invalid="ignore"):
+                near = np.abs(mean - value) < abs(beside - float(value))
+        mean[near & (_sums(valid.view(np.uint8)) > 0)] = beside
     return mean
-
-
-def _beside(value: Any) -> Any:
-    """The next larger value of the same type, or the next smaller of the largest."""
-    if isinstance(value, np.floating):
-        up = np.nextafter(value, np.float32(np.inf))
-        return up if np.isfinite(up) else np.nextafter(value, np.float32(-np.inf))
-    return value + 1 if value < np.iinfo(value.dtype).max else value - 1
 
 
 def _sums(strip: NDArray[Any]) -> NDArray[Any]:

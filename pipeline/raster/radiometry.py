@@ -24,6 +24,13 @@ KEY_BITS = 17
 """Bits of a float32 that a histogram ignores: 64 bins for each doubling of a value, 1.6 % or finer."""
 
 
+NARROWEST = 2.0**-40
+"""Of a stretch, beside the largest value: what is nearly everywhere 0 must not make infinities of the rest."""
+
+SMALLEST_NORMAL = 2.0**-126
+"""Of float32."""
+
+
 class Stretch(Frozen):
     """The samples that the network sees as black and white, one pair for each band."""
 
@@ -37,12 +44,12 @@ class Stretch(Frozen):
     def apply(self, samples: Tensor) -> Tensor:
         """(bands, H, W) of any type to float32; the stretch becomes [-1, 1], and values outside it stay outside."""
         low, gain = self._columns(samples.device)
-        return (samples.float() - low) / gain * 2.0 - 1.0
+        return (samples.float() - low).div_(gain).mul_(2.0).sub_(1.0)
 
     def undo(self, values: Tensor) -> Tensor:
         """Back to the samples' units, float32, not rounded."""
         low, gain = self._columns(values.device)
-        return (values * 0.5 + 0.5) * gain + low
+        return (values * 0.5).add_(0.5).mul_(gain).add_(low)
 
     def _columns(self, device: torch.device) -> tuple[Tensor, Tensor]:
         low = torch.tensor(self.low, dtype=torch.float64)[:, None, None]
@@ -126,7 +133,10 @@ def _percentiles(total: Mapping[int, int], percentiles: tuple[float, float]) -> 
     share = np.cumsum([total[key] for key in keys]) / sum(total.values())
     first, last = (keys[min(int(np.searchsorted(share, p / 100.0)), len(keys) - 1)] for p in percentiles)
     low, high = _bin_ends(first)[0], _bin_ends(last)[1]
-    return (low, high) if low < high else (low, low + max(abs(low) * 2.0**-6, 1.0))
+    least, most = _bin_ends(keys[0])[0], _bin_ends(keys[-1])[1]
+    if high - low < NARROWEST * max(-least, most):
+        low, high = least, most
+    return (low, high) if high - low > SMALLEST_NORMAL else (low, low + 1.0)
 
 
 def to_samples(values: Tensor, header: Header, valid: Tensor | None) -> NDArray[Any]:
@@ -135,23 +145,16 @@ def to_samples(values: Tensor, header: Header, valid: Tensor | None) -> NDArray[
     Args:
         values: (bands, H, W), float32.
         valid: (bands or 1, H, W); pixels that do not count get the nodata value, NaN in floats without one, 0 under a
-            mask or alpha. Those that count never get the nodata value.
+            mask or alpha. Those that count never get it, nor a value that a reader would take for it.
     """
-    nodata = header.nodata
-    if header.dtype == "float32":
-        samples = values
-        if nodata is not None and np.isfinite(nodata):
-            near = np.nextafter(np.float32(nodata), np.float32(0.0 if nodata else 1.0))
-            samples = torch.where(samples == nodata, torch.tensor(float(near)), samples)
-    else:
+    nodata, beside, samples = header.nodata, header.beside_nodata, values
+    if header.dtype != "float32":
         limits = np.iinfo(header.dtype)
-        samples = values.round().clamp(limits.min, limits.max)
-        if nodata is not None and header.validity == "nodata":
-            near = nodata + 1.0 if nodata < limits.max else nodata - 1.0
-            samples = torch.where(samples == nodata, torch.tensor(near), samples)
+        samples = values.round().clamp_(limits.min, limits.max)
+    if nodata is not None and beside is not None:
+        near = (samples - nodata).abs_() < abs(beside - nodata)
+        samples = torch.where(near, torch.tensor(beside, device=samples.device), samples)
     if valid is not None:
         fill = 0.0 if header.validity != "nodata" else float("nan") if nodata is None else nodata
         samples = torch.where(valid, samples, torch.tensor(fill, device=samples.device))
-    if header.dtype == "float32":
-        return samples.cpu().numpy()
-    return samples.to(torch.int32).cpu().numpy().astype(header.dtype)
+    return samples.to(getattr(torch, header.dtype)).cpu().numpy()

@@ -439,6 +439,9 @@ class _Assembly:
 
     def _sync(self, batch: NDArray[np.uint64]) -> None:
         os.fsync(self._file.fileno())
+        # nobody reads it soon: the pages that the system keeps of it do better for what is written next
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         self._journal.append(batch)
 
     def _join(self) -> None:

@@ -9,11 +9,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.grid import Canvas, reflected
+from pipeline.grid import Blocks, Canvas, Index, reflected
 from pipeline.network import ENLARGE_REACH, Network, open_network, prepare_prompt
 from pipeline.plan import Plan
 from pipeline.raster.radiometry import Stretch
-from pipeline.store import RunStore
+from pipeline.store import CHUNK, RunStore
 from stablesr.box import Box
 from stablesr.color import ChannelStatistics
 from stablesr.samplers import Step, ddim_steps, ddpm_steps
@@ -21,12 +21,25 @@ from stablesr.samplers import Step, ddim_steps, ddpm_steps
 CHANNELS = 3
 """Of the picture that a network sees; a layer with fewer bands repeats its last one."""
 
+CHUNKS_HELD = 16
+"""Of the stored source: those under a block and around it."""
+
+
+class Samples(NamedTuple):
+    """The stored source under a part of the canvas, and what its enlargement depends on around it."""
+
+    layer: int
+    window: Box
+    """In source pixels."""
+    values: NDArray[Any]
+    """(bands of the layer, h, w)."""
+
 
 class Enlarged(NamedTuple):
-    """A part of the canvas as the enlarged source shows it, (3, H, W) each, float32 on the network's device."""
+    """A part of the canvas as the enlarged source shows it, (bands, H, W) each, float32 on the network's device."""
 
     base: Tensor
-    """Within [-1, 1]: what the network sees."""
+    """Within [-1, 1]."""
     excess: Tensor | None
     """What left the stretch, in the same units; None if nothing did."""
 
@@ -39,6 +52,8 @@ class Context:
     store: RunStore
     layer_statistics: dict[int, tuple[ChannelStatistics, ChannelStatistics]] = field(default_factory=dict)
     """Of the decoded layer and the enlarged source, where AdaIN has asked for them."""
+    _held: dict[tuple[int, Index], NDArray[Any]] = field(default_factory=dict)
+    """Chunks of the stored source, the one that was asked for last at the end."""
 
     @cached_property
     def canvas(self) -> Canvas:
@@ -64,22 +79,53 @@ class Context:
         assert payload is not None  # the driver fixes it before it asks for anything that needs it
         return Stretch.model_validate(payload)
 
-    def enlarged(self, layer: int, pixels: Box) -> Enlarged:
-        """A part of the canvas, bit for bit the crop of the whole."""
-        device = self.network.device
+    def samples(self, layer: int, pixels: Box) -> Samples:
+        """What lies under a part of the canvas."""
         window = grown(self.canvas.behind(pixels), ENLARGE_REACH).overlap(self.canvas.source)
         assert window is not None
-        stretch = self.stretch.of(self.plan.layers[layer])
-        samples = torch.from_numpy(_computable(self.store.read(f"source/{layer}", window))).to(device)
-        seen = stretch.apply(samples)
-        seen = torch.cat([seen, *[seen[-1:]] * (CHANNELS - len(seen))])
+        values = np.empty((len(self.plan.layers[layer]), window.height, window.width), self.plan.header.dtype)
+        chunks = Blocks(self.canvas.source_height, self.canvas.source_width, CHUNK)
+        for index in chunks.touching(window):
+            chunk, held = chunks.box(index), self._chunk(layer, chunks, index)
+            part = chunk.overlap(window)
+            assert part is not None
+            values[(slice(None), *part.within(window))] = held[(slice(None), *part.within(chunk))]
+        return Samples(layer, window, values)
+
+    def _chunk(self, layer: int, chunks: Blocks, index: Index) -> NDArray[Any]:
+        """A part of the stored source, kept for a while: patches overlap, and ask for it again."""
+        held = self._held.pop((layer, index), None)
+        if held is None:
+            held = self.store.read(f"source/{layer}", chunks.box(index))
+        self._held[layer, index] = held  # the last to be forgotten
+        if len(self._held) > CHUNKS_HELD:
+            del self._held[next(iter(self._held))]
+        return held
+
+    def enlarged(self, samples: Samples, pixels: Box) -> Enlarged:
+        """A part of the canvas that samples were taken from, bit for bit the crop of the whole."""
+        seen, window = self._seen(samples, pixels)
         within = seen.clamp(-1.0, 1.0)
         excess = seen - within
-        scale = self.plan.config.scale
-        base = self._at(self.network.enlarge(within, scale).clamp(-1.0, 1.0), window, pixels)
-        if not excess.any():
-            return Enlarged(base, None)
-        return Enlarged(base, self._at(self.network.enlarge(excess, scale), window, pixels))
+        base = self._enlarge(within, window, pixels).clamp_(-1.0, 1.0)
+        return Enlarged(base, self._enlarge(excess, window, pixels) if excess.any() else None)
+
+    def picture(self, layer: int, pixels: Box) -> Tensor:
+        """What the network sees of a part of the canvas, (3, H, W), within [-1, 1]."""
+        seen, window = self._seen(self.samples(layer, pixels), pixels)
+        seen = torch.cat([seen, *[seen[-1:]] * (CHANNELS - len(seen))])
+        return self._enlarge(seen.clamp(-1.0, 1.0), window, pixels).clamp_(-1.0, 1.0)
+
+    def _seen(self, samples: Samples, pixels: Box) -> tuple[Tensor, Box]:
+        """The source under a part of the canvas, [-1, 1] being the stretch; and where it lies."""
+        window = grown(self.canvas.behind(pixels), ENLARGE_REACH).overlap(samples.window)
+        assert window is not None
+        values = _computable(samples.values[(slice(None), *window.within(samples.window))])
+        stretch = self.stretch.of(self.plan.layers[samples.layer])
+        return stretch.apply(torch.from_numpy(values).to(self.network.device)), window
+
+    def _enlarge(self, image: Tensor, window: Box, pixels: Box) -> Tensor:
+        return self._at(self.network.enlarge(image, self.plan.config.scale), window, pixels)
 
     def valid(self, layer: int, pixels: Box) -> Tensor | None:
         """Which pixels of a part of the canvas count, (bands or 1, H, W), on the CPU; None if all do."""

@@ -19,6 +19,9 @@ from stablesr.color import WAVELET_REACH, ChannelStatistics, adain_correction, w
 STATISTICS = "statistics"
 """The stage that AdaIN needs before decoding: sums over what the decoder makes, block by block."""
 
+FEW_ROWS = 64
+"""That go through what looks at each pixel by itself, so that they stay in a processor's cache."""
+
 
 def create_arrays(plan: Plan, store: RunStore) -> None:
     """Arrays that this stage writes."""
@@ -33,15 +36,21 @@ def patches_of(plan: Plan, index: Index) -> list[Box]:
     return [_unscaled(patch, canvas.factor) for patch in canvas.patches.scaled(canvas.factor).touching(region)]
 
 
+def patch_bytes(plan: Plan) -> int:
+    """Of what becomes of a patch, in the layer with the most bands."""
+    patches = plan.canvas.patches.scaled(plan.canvas.factor)
+    return 4 * len(plan.layers[0]) * patches.tile_height * patches.tile_width
+
+
 def decode_patch(context: Context, layer: int, slot: str, patch: Box) -> NDArray[np.float32]:
-    """(3, 8 h, 8 w) of what the decoder makes of a patch; the enlarged source where nothing counts."""
-    pixels = patch.scaled(context.canvas.factor)
-    image = context.enlarged(layer, pixels).base
+    """(bands, 8 h, 8 w) of what the decoder makes of a patch; the enlarged source where nothing counts."""
+    pixels, n_bands = patch.scaled(context.canvas.factor), len(context.plan.layers[layer])
+    image = context.picture(layer, pixels)
     if context.is_empty(layer, pixels):
-        return image.cpu().numpy()
+        return image[:n_bands].cpu().numpy()
     latent = torch.from_numpy(context.store.read(f"latents/{layer}/{slot}", patch))
     decoded = context.network.decode(latent[None], image[None], context.plan.config.sampling.cfw)
-    return decoded[0].float().cpu().numpy()
+    return _bands(decoded[0].float(), n_bands).cpu().numpy()
 
 
 def decode_block(context: Context, layer: int, index: Index, *decoded: NDArray[np.float32]) -> dict[str, Any]:
@@ -49,57 +58,74 @@ def decode_block(context: Context, layer: int, index: Index, *decoded: NDArray[n
     plan = context.plan
     blocks, name = context.canvas.output_blocks, f"output/{layer}"
     box, bands = blocks.box(index), plan.layers[layer]
+    block = _Block(context, layer, index, decoded)
     samples = np.empty((len(bands), box.height, box.width), dtype=plan.header.dtype)
     for strip in strips(box):
-        samples[(slice(None), *strip.within(box))] = _decode_strip(context, layer, index, strip, decoded)
+        _decode_strip(block, strip, samples[(slice(None), *strip.within(box))])
     return {"checksums": {name: context.store.write(name, blocks, index, samples)}}
 
 
-def strips(box: Box) -> list[Box]:
-    """A block in rows of chunks: the caches of a processor like them better than the whole."""
-    return [Box(top, box.left, min(top + CHUNK, box.bottom), box.right) for top in range(box.top, box.bottom, CHUNK)]
+def strips(box: Box, height: int = CHUNK) -> list[Box]:
+    """A block in rows of chunks: memory and the caches of a processor like them better than the whole."""
+    tops = range(box.top, box.bottom, height)
+    return [Box(top, box.left, min(top + height, box.bottom), box.right) for top in tops]
 
 
-def _decode_strip(
-    context: Context, layer: int, index: Index, strip: Box, decoded: tuple[NDArray[np.float32], ...]
-) -> NDArray[Any]:
+def _decode_strip(block: "_Block", strip: Box, samples: NDArray[Any]) -> None:
+    context, layer = block.context, block.layer
     plan, bands = context.plan, context.plan.layers[layer]
     valid = context.valid(layer, strip)
-    stretch = context.stretch.of(bands)
     if valid is not None and not valid.any():
-        return to_samples(torch.zeros(len(bands), strip.height, strip.width), plan.header, valid)
+        samples[...] = to_samples(torch.zeros(samples.shape), plan.header, valid)
+        return
     color = plan.config.sampling.color
     region = _with_reach(plan, strip) if color == "wavelet" else strip
-    content, enlarged = _blended(context, layer, index, region, decoded)
-    style = enlarged.base if enlarged.excess is None else enlarged.base + enlarged.excess
+    content, (style, excess) = block.blended(region), block.enlarged(region)
     if color == "adain":
         content = adain_correction(content[None], *_layer_statistics(context, layer))[0]
-    if enlarged.excess is not None:
-        content = content + enlarged.excess
+    inner = (slice(None), *strip.within(region))
     if color == "wavelet":
-        content = wavelet_correction(content, style)[(slice(None), *strip.within(region))]
-    return to_samples(stretch.undo(_bands(content, len(bands))).cpu(), plan.header, valid)
+        content = wavelet_correction(content, style)[inner]
+    if excess is not None:  # only now: what both have in common needs no correction, and may be huge
+        content = content.add_(excess[inner])
+    stretch = context.stretch.of(bands)
+    for few in strips(strip, FEW_ROWS):
+        here = (slice(None), *few.within(strip))
+        samples[here] = to_samples(
+            stretch.undo(content[here]).cpu(), plan.header, None if valid is None else valid[here]
+        )
 
 
-def _blended(
-    context: Context, layer: int, index: Index, region: Box, decoded: tuple[NDArray[np.float32], ...]
-) -> tuple[Tensor, Enlarged]:
-    """What the decoder made of a part of the canvas, and the source enlarged there."""
-    grid = context.canvas.patches.scaled(context.canvas.factor)
-    wanted = set(grid.touching(region))
-    predictions = []
-    for patch, values in zip(patches_of(context.plan, index), decoded, strict=True):
-        tile = patch.scaled(context.canvas.factor)
-        if tile in wanted:
+class _Block:
+    """What a block of the output is made from."""
+
+    def __init__(self, context: Context, layer: int, index: Index, decoded: tuple[NDArray[np.float32], ...]) -> None:
+        self.context, self.layer = context, layer
+        factor = context.canvas.factor
+        self._grid = context.canvas.patches.scaled(factor)
+        patches = [patch.scaled(factor) for patch in patches_of(context.plan, index)]
+        self._decoded = dict(zip(patches, decoded, strict=True))
+        self._samples = context.samples(layer, _with_reach(context.plan, context.canvas.output_blocks.box(index)))
+
+    def blended(self, region: Box) -> Tensor:
+        """What the decoder made of a part of it."""
+        predictions = []
+        for tile in self._grid.touching(region):
             part = tile.overlap(region)
             assert part is not None
-            crop = as_tensor(values[(slice(None), *part.within(tile))])
-            predictions.append(Prediction(tile, part, crop.to(context.network.device)))
-    return blend(grid, region, predictions), context.enlarged(layer, region)
+            crop = as_tensor(self._decoded[tile][(slice(None), *part.within(tile))])
+            predictions.append(Prediction(tile, part, crop.to(self.context.network.device)))
+        return blend(self._grid, region, predictions)
+
+    def enlarged(self, region: Box) -> Enlarged:
+        """The source in its place."""
+        return self.context.enlarged(self._samples, region)
 
 
 def _bands(content: Tensor, n_bands: int) -> Tensor:
     """Three channels back to the bands they came from: what was repeated is averaged."""
+    if n_bands == len(content):
+        return content
     return torch.cat([content[: n_bands - 1], content[n_bands - 1 :].mean(dim=0, keepdim=True)])
 
 
@@ -117,17 +143,18 @@ def _unscaled(box: Box, factor: int) -> Box:
 
 
 def gather_statistics(context: Context, layer: int, index: Index, *decoded: NDArray[np.float32]) -> dict[str, Any]:
-    """Sums over a block's pixels that count, of what the decoder made and of the enlarged source, by channel."""
+    """Sums over a block's pixels that count, of what the decoder made and of the enlarged source, by band."""
     canvas = context.canvas
     box = canvas.output_blocks.box(index)
-    n, sums = 0.0, np.zeros((2, 2, 3))
+    block = _Block(context, layer, index, decoded)
+    n, sums = 0.0, np.zeros((2, 2, len(context.plan.layers[layer])))
     for strip in strips(box):
-        content, enlarged = _blended(context, layer, index, strip, decoded)
+        content, style = block.blended(strip), block.enlarged(strip).base
         valid = context.valid(layer, strip)
         counts = torch.ones(strip.height, strip.width) if valid is None else valid.all(dim=0)
         counts = counts.to(content.device, torch.float64)
         n += float(counts.sum())
-        for i, picture in enumerate((content, enlarged.base)):
+        for i, picture in enumerate((content, style)):
             values = picture.double() * counts
             sums[i, 0] += values.sum(dim=(1, 2)).cpu().numpy()
             sums[i, 1] += (values * picture.double()).sum(dim=(1, 2)).cpu().numpy()
@@ -140,7 +167,7 @@ def _layer_statistics(context: Context, layer: int) -> tuple[ChannelStatistics, 
     if layer not in known:
         markers = context.store.markers(f"{STATISTICS}/{layer}")
         n = sum(markers[index]["n"] for index in sorted(markers))
-        sums = sum((np.array(markers[index]["sums"]) for index in sorted(markers)), np.zeros((2, 2, 3)))
+        sums = np.sum([markers[index]["sums"] for index in sorted(markers)], axis=0)
         pair = []
         for total, squares in sums:
             mean = total / max(n, 1.0)

@@ -27,6 +27,12 @@ def patches_of(plan: Plan, index: Index) -> list[Box]:
     return plan.canvas.patches.touching(plan.canvas.blocks.box(index))
 
 
+def patch_bytes(plan: Plan) -> int:
+    """Of what becomes of a patch."""
+    patches, sampled = plan.canvas.patches, plan.config.sampling.posterior == "sample"
+    return 4 * plan.latent_channels * (1 + sampled) * patches.tile_height * patches.tile_width
+
+
 def encode_patch(context: Context, layer: int, patch: Box) -> NDArray[np.float32]:
     """(4, h, w) unscaled latents of a patch; with their log variance, (8, h, w), if the posterior is sampled.
 
@@ -37,7 +43,7 @@ def encode_patch(context: Context, layer: int, patch: Box) -> NDArray[np.float32
     pixels = patch.scaled(context.canvas.factor)
     if context.is_empty(layer, pixels):
         return np.zeros((channels * (1 + sampled), patch.height, patch.width), dtype=np.float32)
-    posterior = context.network.encode(context.enlarged(layer, pixels).base[None])
+    posterior = context.network.encode(context.picture(layer, pixels)[None])
     return (torch.cat([*posterior], dim=1) if sampled else posterior.mean)[0].float().cpu().numpy()
 
 

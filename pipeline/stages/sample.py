@@ -27,6 +27,12 @@ SLOTS = ("a", "b")
 """Two places for x_t, used in turn: a crash while one is written never touches the other."""
 
 
+def other_slot(slot: str | None) -> str:
+    """Where x_t goes next."""
+    a, b = SLOTS
+    return b if slot == a else a
+
+
 class Travelling(NamedTuple):
     """A part of a tile's prediction on its way to another worker."""
 

@@ -105,7 +105,9 @@ def test_pixels_with_nodata_do_not_count():
         pytest.param("uint8", [[255, 255], [254, 254]], 255, 254, id="down-from-the-largest"),
         pytest.param("uint8", [[0, 0], [0, 1]], 0, 1, id="what-there-is"),
         pytest.param("int16", [[-1, 1], [-1, 1]], 0, 1, id="signed"),
-        pytest.param("float32", [[1, 3], [1, 3]], 2, float(np.nextafter(np.float32(2), np.float32(3))), id="float"),
+        pytest.param("float32", [[1, 3], [1, 3]], 2, 2 - 2.0**-19, id="float"),
+        pytest.param("float32", [[1, 3], [1, 3]], 2 + 2.0**-22, 2 - 7 * 2.0**-22, id="what-gdal-takes-for-nodata"),
+        pytest.param("float32", [[1, 3], [1, 3]], 2 + 2.0**-18, 2, id="what-it-tells-from-nodata"),
         pytest.param("float32", [[1, 3], [1, 3]], 3, 1.0, id="not-met"),
     ],
 )
@@ -200,7 +202,7 @@ def by_hand(header: Header, pixels: NDArray[Any], mask: NDArray[np.uint8] | None
         mean = np.mean(all_of_it[valid] if valid.any() else all_of_it)
         mean = pixels.dtype.type(mean if header.dtype == "float32" else np.rint(mean))
         if header.validity == "nodata" and mean == header.nodata:
-            mean = np.nextafter(mean, np.float32(np.inf)) if header.dtype == "float32" else mean + 1
+            mean = header.beside_nodata
         cells[band, row, col] = mean
     return cells
 
