@@ -137,13 +137,18 @@ def _finish(plan: Plan, store: RunStore) -> Path:
             f"{output} came into being while the run was under way; the result is in {part}\n"
             "hint: move the other file away and run the same command again, or add --overwrite"
         )
-    if output.is_dir():
-        old = output.with_name(output.name + ".old")
-        os.replace(output, old)
+    old = part.with_name(part.name + ".old")
+    try:
+        if output.is_dir():  # which cannot be replaced in one go
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(output, old)
         os.replace(part, output)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        os.replace(part, output)
+    except OSError as error:
+        raise WorkFailed(
+            f"{part} is complete, but cannot be renamed to {output.name}: {error.strerror or error}\n"
+            "hint: take away what stands in the way, and run the same command again"
+        ) from error
+    shutil.rmtree(old, ignore_errors=True)
     return output
 
 

@@ -1,5 +1,7 @@
 """Stored data that are not what was written: they are found, computed again, and leave no trace in the output."""
 
+import errno
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -317,6 +319,69 @@ def test_a_file_that_is_not_what_it_should_be_is_written_again(config: Config, u
     assert not Path(config.output).exists()
     assert run(config).read_bytes() == undisturbed
     assert not part.exists()
+
+
+# A disk that fails, and an end at the very end
+
+
+@pytest.mark.parametrize("nth", [1, 4, 11, 25])
+def test_a_full_disk_is_one_error_and_the_run_goes_on_when_there_is_room(
+    config: Config, undisturbed: bytes, monkeypatch: pytest.MonkeyPatch, nth: int
+) -> None:
+    replace, n = Path.replace, 0
+
+    def full(path: Path, target: Any) -> Any:  # of Zarr, which gives every chunk its name so
+        nonlocal n
+        n += 1
+        if n >= nth:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return replace(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", full)
+        with pytest.raises(WorkFailed, match=f"in {config.folder} failed: No space left on device\n.*make room"):
+            run(config)
+    assert not Path(config.output).exists()
+    assert run(config).read_bytes() == undisturbed
+    assert sorted(path.name for path in config.folder.parent.iterdir()) == ["target.tif"]
+
+
+@pytest.mark.parametrize("name", ["target.tif", "target.zarr"])
+def test_an_end_while_the_old_output_makes_room_for_the_new(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    target, replace = tmp_path / name, os.replace
+    config = rehearsal(source, target, **OPTIONS, file={"overwrite": True})
+    run(config)
+
+    def dying_replace(a: Any, b: Any) -> None:
+        if Path(b) == target:
+            raise Death
+        replace(a, b)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", dying_replace)
+        with pytest.raises(Death):
+            run(config)
+    assert run(config) == target
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_an_output_that_cannot_get_its_name_is_kept(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace = os.replace
+
+    def forbidden(a: Any, b: Any) -> None:
+        if Path(b) == Path(config.output):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        replace(a, b)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", forbidden)
+        with pytest.raises(WorkFailed, match="is complete, but cannot be renamed to target.tif: Permission denied"):
+            run(config)
+    listening = Listening()
+    run(config, listening)
+    assert not [event for event in listening.events if isinstance(event, UnitsDone)]
 
 
 # Looking for it

@@ -351,6 +351,18 @@ def test_ome_zarr(large: tuple[Path, NDArray[Any]]) -> None:
     assert group.attrs["spatial:transform"] == [2.5, 0.0, 500_000.0, 0.0, -2.5, 5_000_000.0]
 
 
+@pytest.mark.parametrize("name", ["target.tif", "target.btf", "target.ome.tif", "target.zarr"])
+def test_a_pixel_and_nothing_but_holes_in_every_format(tmp_path: Path, name: str) -> None:
+    pixel = write(tmp_path / "pixel.tif", np.full((1, 1, 1), 7, "uint8"))
+    target = through(pixel, name, scale=1)
+    if not target.is_dir():
+        assert pixels(target).tolist() == [[[7]]]
+    source = write(tmp_path / "holes.tif", np.full((2, 3, 5), np.nan, "float32"))
+    target = through(source, f"holes-{name}", scale=3)
+    if not target.is_dir():
+        assert np.isnan(pixels(target)).all()
+
+
 # A real one
 
 

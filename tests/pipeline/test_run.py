@@ -121,7 +121,7 @@ def many_tiles(micro: str, **more: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def one_band(tmp_path: Path) -> Path:
-    return write_raster(tmp_path / "band.tif", pattern(1, 57, 80, "uint16"))
+    return write_raster(tmp_path / "band.tif", pattern(1, 37, 58, "uint16"))
 
 
 @pytest.mark.parametrize("n", [2, 3, 5])
