@@ -72,7 +72,7 @@ class Nearest:
     def enlarge(self, image: Tensor, scale: int) -> Tensor:
         *planes, height, width = image.shape
         cells = image[..., :, None, :, None].expand(*planes, height, scale, width, scale)
-        return cells.reshape(*planes, height * scale, width * scale)
+        return cells.reshape(*planes, height * scale, width * scale).contiguous()  # of one pixel it would be a view
 
     def encode(self, image: Tensor) -> Posterior:
         image = image.to(self.device)[..., :: self._cell, :: self._cell]

@@ -291,7 +291,9 @@ class _Driver:
     def _encode(self, layer: int) -> None:
         each = encode.patch_bytes(self.plan)
         todo = self._in_bands(self.plan.canvas.blocks, f"encode/{layer}", each)
-        self._patch_map("encode", todo, encode.patches_of, each, ("encode_patch", layer), ("encode_block", layer))
+        self._patch_map(
+            "encode", todo, encode.patches_of, encode.blocks_of, each, ("encode_patch", layer), ("encode_block", layer)
+        )
 
     def _decode(self, layer: int) -> None:
         self._from_latents("decode", layer, "decode_block")
@@ -303,7 +305,9 @@ class _Driver:
         slot, _ = newest_slot(self.store, layer)
         each = decode.patch_bytes(self.plan)
         todo = self._in_bands(self.plan.canvas.output_blocks, f"{stage}/{layer}", each)
-        self._patch_map(stage, todo, decode.patches_of, each, ("decode_patch", layer, slot), (method, layer))
+        self._patch_map(
+            stage, todo, decode.patches_of, decode.blocks_of, each, ("decode_patch", layer, slot), (method, layer)
+        )
 
     def _in_bands(self, blocks: Any, stage: str, patch_bytes: int) -> list[Index]:
         """The blocks that are not finished, in an order in which few patches wait for their last block.
@@ -323,13 +327,14 @@ class _Driver:
         stage: str,
         todo: Sequence[Index],
         patches_of: Callable[[Plan, Index], list[Box]],
+        blocks_of: Callable[[Plan, Box], Iterator[Index]],
         patch_bytes: int,
         patch_question: tuple[Any, ...],
         block_question: tuple[Any, ...],
     ) -> None:
         """Compute blocks from overlapping patches. A patch is computed once and kept until its last block has it,
         unless memory runs out: then the oldest is dropped, and computed again when it is needed."""
-        waiting = Counter(patch for index in todo for patch in patches_of(self.plan, index))
+        waiting = set(todo)
         kept: dict[Box, Any] = {}
         most = max(self.plan.patch_bytes // patch_bytes, 1)
 
@@ -342,9 +347,10 @@ class _Driver:
                 if patch not in kept:
                     kept[patch] = self.workers.ask(worker, *patch_question, patch)
             handle = self.workers.ask(worker, *block_question, index, *(kept[patch] for patch in patches))
-            waiting.subtract(patches)
-            for patch in [patch for patch in patches if not waiting[patch]]:
-                del kept[patch]
+            waiting.discard(index)
+            for patch in patches:
+                if not any(other in waiting for other in blocks_of(self.plan, patch)):
+                    del kept[patch]
             return handle
 
         def question(index: Index) -> Callable[[int], Any]:

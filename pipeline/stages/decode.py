@@ -1,5 +1,6 @@
 """Latents -> stored target: patches through the decoder, blended, with the source's colours, in its units."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,14 @@ def patches_of(plan: Plan, index: Index) -> list[Box]:
     canvas = plan.canvas
     region = _with_reach(plan, canvas.output_blocks.box(index))
     return [_unscaled(patch, canvas.factor) for patch in canvas.patches.scaled(canvas.factor).touching(region)]
+
+
+def blocks_of(plan: Plan, patch: Box) -> Iterator[Index]:
+    """The blocks of the output that are blended from a patch."""
+    blocks, pixels = plan.canvas.output_blocks, patch.scaled(plan.canvas.factor)
+    for index in blocks.touching(grown(pixels, WAVELET_REACH)):
+        if pixels.overlap(_with_reach(plan, blocks.box(index))):
+            yield index
 
 
 def patch_bytes(plan: Plan) -> int:

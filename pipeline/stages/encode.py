@@ -1,5 +1,6 @@
 """Stored source -> low-resolution latents: patches through the encoder, blended into blocks."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,11 @@ def patch_bytes(plan: Plan) -> int:
     """Of what becomes of a patch."""
     patches, sampled = plan.canvas.patches, plan.config.sampling.posterior == "sample"
     return 4 * plan.latent_channels * (1 + sampled) * patches.tile_height * patches.tile_width
+
+
+def blocks_of(plan: Plan, patch: Box) -> Iterator[Index]:
+    """The blocks that are blended from a patch."""
+    return plan.canvas.blocks.touching(patch)
 
 
 def encode_patch(context: Context, layer: int, patch: Box) -> NDArray[np.float32]:
