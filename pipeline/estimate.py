@@ -17,9 +17,12 @@ SMALL = 10**11
 
 MEASURE_S = 0.5
 
-PIXELS_S = 0.15e-6
+PIXELS_S = 0.09e-6
 """CPU seconds of a target pixel and band outside the network: blending, colour, compression, twice written; see
 tests/benchmarks/notes."""
+
+PATCH_SIDE = 256
+"""Pixels, of the features on which the speed of the autoencoder is measured."""
 
 
 def measure_seconds(plan: Plan) -> float:
@@ -30,33 +33,39 @@ def measure_seconds(plan: Plan) -> float:
     pixels = plan.target.height * plan.target.width * plan.target.count * PIXELS_S
     if plan.architecture.name == NEAREST:
         return pixels
-    return pixels + plan.total_flops / measure_flops(plan)
-
-
-def measure_flops(plan: Plan) -> float:
-    """FLOP per second of the plan's network on its device, about."""
     model, config = plan.config.model, plan.architecture
     device = torch.device(choose_device(model.device))
-    default = torch.bfloat16 if device.type == "cuda" else torch.float32
-    dtype = PRECISIONS.get(model.precision, default)
+    dtype = PRECISIONS.get(model.precision, torch.bfloat16 if device.type == "cuda" else torch.float32)
     with torch.inference_mode():
+        # an autoencoder is convolutions, most of them on the larger sides; so is a UNet that is large enough
+        patches = EFFICIENCY * _convolution(config.autoencoder.width, PATCH_SIDE, device, dtype)
         if plan.flops.tile_step < SMALL:
-            from stablesr.loading import random_model
+            tiles = _tile_step(plan, device, dtype)
+        else:
+            tiles = EFFICIENCY * _convolution(config.unet.width, config.tile, device, dtype)
+    in_tiles = plan.tile_steps * plan.flops.tile_step
+    return pixels + in_tiles / tiles + (plan.total_flops - in_tiles) / patches
 
-            network = random_model(config, device=device, dtype=dtype)
-            if device.type == "cpu":
-                network.pack()
-            x = torch.randn(plan.config.sampling.batch, plan.latent_channels, config.tile, config.tile, device=device)
-            shifts, prompt = network.embed_time(500), network.prepare_prompt(network.null_context)
-            seconds = _seconds(lambda: network.predict(x, x, shifts, prompt), device)
-            return plan.flops.tile_step * len(x) / seconds
-        width = config.unet.width
-        conv = torch.nn.Conv2d(width, width, 3, padding=1, device=device, dtype=dtype)
-        conv.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # PyTorch's stubs lack it
-        y = torch.randn(1, width, config.tile, config.tile, device=device, dtype=dtype)
-        y = y.to(memory_format=torch.channels_last)
-        seconds = _seconds(lambda: conv(y), device)
-        return EFFICIENCY * 2 * 9 * width * width * config.tile**2 / seconds
+
+def _tile_step(plan: Plan, device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP per second of the plan's network, with random weights."""
+    from stablesr.loading import random_model
+
+    config = plan.architecture
+    network = random_model(config, device=device, dtype=dtype)
+    if device.type == "cpu":
+        network.pack()
+    x = torch.randn(plan.config.sampling.batch, plan.latent_channels, config.tile, config.tile, device=device)
+    shifts, prompt = network.embed_time(500), network.prepare_prompt(network.null_context)
+    return plan.flops.tile_step * len(x) / _seconds(lambda: network.predict(x, x, shifts, prompt), device)
+
+
+def _convolution(width: int, side: int, device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP per second of a bare 3 x 3 convolution."""
+    conv = torch.nn.Conv2d(width, width, 3, padding=1, device=device, dtype=dtype)
+    conv.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # PyTorch's stubs lack it
+    y = torch.randn(1, width, side, side, device=device, dtype=dtype).to(memory_format=torch.channels_last)
+    return 2 * 9 * width * width * side**2 / _seconds(lambda: conv(y), device)
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:

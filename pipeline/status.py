@@ -39,7 +39,7 @@ class Status(Frozen):
     def report(self) -> list[tuple[str, str]]:
         """In rows of a label and a text."""
         rows = [("run", self.folder), ("source", self.source), ("output", self.output), ("stage", self.stage)]
-        rows += [(stage.stage, f"{stage.done:,} of {stage.total:,}") for stage in self.stages]
+        rows += [(stage.stage, f"{stage.done:,} of {stage.total:,}") for stage in self.stages if stage.total]
         if self.seconds_since_progress is not None:
             rows.append(("last progress", f"{self.seconds_since_progress:,.0f} s ago"))
         return rows

@@ -215,7 +215,7 @@ def half_streamed(wilful: None, source: Path, tmp_path: Path) -> Callable[[int],
     """A run that died when so many steps and two shares of the next were streamed; and what it should become."""
 
     def start(steps: int) -> tuple[Config, bytes]:
-        more = {**OPTIONS, "sampling": {"steps": 3, "patch": 64, "overlap": 16}, "run": {"memory": STREAMED}}
+        more = {"grid": {"block": 64}, "sampling": {"steps": 3, "patch": 64, "overlap": 8}, "run": {"memory": STREAMED}}
         expected = run(rehearsal(source, tmp_path / "undisturbed.tif", **more)).read_bytes()
         config = rehearsal(source, tmp_path / "target.tif", **more)
         n_shares = len(make_plan(config).rectangles(1)[0])
@@ -324,7 +324,7 @@ def test_a_file_that_is_not_what_it_should_be_is_written_again(config: Config, u
 # A disk that fails, and an end at the very end
 
 
-@pytest.mark.parametrize("nth", [1, 4, 11, 25])
+@pytest.mark.parametrize("nth", [1, 11, 25])
 def test_a_full_disk_is_one_error_and_the_run_goes_on_when_there_is_room(
     config: Config, undisturbed: bytes, monkeypatch: pytest.MonkeyPatch, nth: int
 ) -> None:

@@ -82,7 +82,7 @@ def holes(draw: st.DrawFn, height: int, width: int) -> NDArray[np.bool_]:
 # With the network that repeats pixels
 
 
-@settings(max_examples=12)
+@settings(max_examples=10)
 @given(
     dtype=st.sampled_from(DTYPES),
     kind=st.sampled_from(["value", "nan", "mask", "alpha"]),
@@ -102,8 +102,7 @@ def test_what_counts_is_what_it_is_without_the_hole(
     with tempfile.TemporaryDirectory() as name:
         source = with_hole(Path(name) / "source.tif", whole, valid, kind, under)
         found, counts = upscaled(rehearsal(source, Path(name) / "target.tif", **options), bands)
-        unharmed = write_raster(Path(name) / "whole.tif", whole)
-        expected, _ = upscaled(rehearsal(unharmed, Path(name) / "whole-target.tif", **options), bands)
+    expected = repeated(whole, scale)  # which is what becomes of it without a hole
     np.testing.assert_array_equal(counts, repeated(valid, scale))
     inside = np.broadcast_to(counts, found.shape)
     if dtype == "float32":
@@ -118,9 +117,9 @@ def test_what_counts_is_what_it_is_without_the_hole(
 def looked_at(source: Path, micro: str, **more: Any) -> Config:
     """With a network of random weights, whose tiles and patches see over every hole."""
     options = {
-        "scale": 4,
+        "scale": 2,
         "model": {"weights": micro, "device": "cpu"},
-        "sampling": {"patch": 16, "overlap": 6, "steps": 1},
+        "sampling": {"patch": 16, "steps": 1},
         "grid": {"block": 8},
         **more,
     }
@@ -150,7 +149,7 @@ def test_no_fill_value_shines_through(tmp_path: Path, micro: str, kind: str, dty
     for number, under in enumerate(absurd):
         source = with_hole(tmp_path / f"{number}.tif", whole, VALID, kind, under)
         colors, counts = upscaled(looked_at(source, micro), len(whole))
-        np.testing.assert_array_equal(counts, repeated(VALID, 4))
+        np.testing.assert_array_equal(counts, repeated(VALID, 2))
         pictures.append(colors[:, counts])
     for other in pictures[1:]:
         np.testing.assert_array_equal(other, pictures[0])
@@ -173,9 +172,9 @@ def test_what_counts_never_becomes_nodata_where_the_picture_comes_close_to_it(
     whole[0, 10:20, 28:34] = np.asarray(nodata, dtype) - near
     whole[whole == np.asarray(nodata, dtype)] += near
     source = with_hole(tmp_path / "source.tif", whole, VALID, "value", nodata)
-    config = looked_at(source, micro, sampling={"patch": 16, "steps": 1})
+    config = looked_at(source, micro)
     _, counts = upscaled(config, 1)
-    np.testing.assert_array_equal(counts, repeated(VALID, 4))
+    np.testing.assert_array_equal(counts, repeated(VALID, 2))
     with opened(Path(config.output)) as dataset:
         assert dataset.nodata == nodata
 

@@ -170,7 +170,7 @@ def test_damage_is_found_and_its_block_is_named(store: RunStore, name: str, harm
     np.testing.assert_array_equal(store.read(name, beside), array[:, *beside.within(WHOLE)])
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(st.data())
 def test_no_flipped_bit_comes_back_as_other_values(data: st.DataObject) -> None:
     array = values()

@@ -67,7 +67,7 @@ def test_the_margin_is_enough_for_every_network() -> None:
     assert ENLARGE_REACH >= BICUBIC_REACH
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(
     height=st.integers(1, 70),
     width=st.integers(1, 70),
@@ -113,7 +113,7 @@ def boxes_around(draw: st.DrawFn, inner: Box, frame: Box) -> Box:
     )
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(
     height=st.integers(1, 70),
     width=st.integers(1, 70),
