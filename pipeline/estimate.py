@@ -33,31 +33,35 @@ def measure_seconds(plan: Plan) -> float:
     pixels = plan.target.height * plan.target.width * plan.target.count * PIXELS_S
     if plan.architecture.name == NEAREST:
         return pixels
-    model, config = plan.config.model, plan.architecture
-    device = torch.device(choose_device(model.device))
-    dtype = PRECISIONS.get(model.precision, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    with torch.inference_mode():
-        # an autoencoder is convolutions, most of them on the larger sides; so is a UNet that is large enough
-        patches = EFFICIENCY * _convolution(config.autoencoder.width, PATCH_SIDE, device, dtype)
-        if plan.flops.tile_step < SMALL:
-            tiles = _tile_step(plan, device, dtype)
-        else:
-            tiles = EFFICIENCY * _convolution(config.unet.width, config.tile, device, dtype)
     in_tiles = plan.tile_steps * plan.flops.tile_step
-    return pixels + in_tiles / tiles + (plan.total_flops - in_tiles) / patches
+    return pixels + in_tiles / measure_flops(plan) + (plan.total_flops - in_tiles) / measure_patch_flops(plan)
 
 
-def _tile_step(plan: Plan, device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP per second of the plan's network, with random weights."""
+def measure_flops(plan: Plan) -> float:
+    """FLOP per second of the plan's tile steps on its device, about."""
+    config, (device, dtype) = plan.architecture, _device(plan)
+    if plan.flops.tile_step >= SMALL:
+        return EFFICIENCY * _convolution(config.unet.width, config.tile, device, dtype)
     from stablesr.loading import random_model
 
-    config = plan.architecture
     network = random_model(config, device=device, dtype=dtype)
     if device.type == "cpu":
         network.pack()
     x = torch.randn(plan.config.sampling.batch, plan.latent_channels, config.tile, config.tile, device=device)
-    shifts, prompt = network.embed_time(500), network.prepare_prompt(network.null_context)
-    return plan.flops.tile_step * len(x) / _seconds(lambda: network.predict(x, x, shifts, prompt), device)
+    with torch.inference_mode():
+        shifts, prompt = network.embed_time(500), network.prepare_prompt(network.null_context)
+        return plan.flops.tile_step * len(x) / _seconds(lambda: network.predict(x, x, shifts, prompt), device)
+
+
+def measure_patch_flops(plan: Plan) -> float:
+    """FLOP per second of the autoencoder, which is convolutions, most of them on larger sides than the UNet's."""
+    return EFFICIENCY * _convolution(plan.architecture.autoencoder.width, PATCH_SIDE, *_device(plan))
+
+
+def _device(plan: Plan) -> tuple[torch.device, torch.dtype]:
+    device = torch.device(choose_device(plan.config.model.device))
+    default = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return device, PRECISIONS.get(plan.config.model.precision, default)
 
 
 def _convolution(width: int, side: int, device: torch.device, dtype: torch.dtype) -> float:
@@ -65,7 +69,8 @@ def _convolution(width: int, side: int, device: torch.device, dtype: torch.dtype
     conv = torch.nn.Conv2d(width, width, 3, padding=1, device=device, dtype=dtype)
     conv.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # PyTorch's stubs lack it
     y = torch.randn(1, width, side, side, device=device, dtype=dtype).to(memory_format=torch.channels_last)
-    return 2 * 9 * width * width * side**2 / _seconds(lambda: conv(y), device)
+    with torch.inference_mode():
+        return 2 * 9 * width * width * side**2 / _seconds(lambda: conv(y), device)
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:

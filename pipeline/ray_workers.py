@@ -21,8 +21,8 @@ from pipeline.workers import Worker
 START_TIMEOUT_S = 600.0
 """For all workers to load their network, a download of weights not included."""
 
-OBJECT_STORE_SHARE = 0.5
-"""Of the memory that patches may take, for Ray's object store in a cluster that this process starts."""
+OBJECT_STORE_SHARE = 1.0
+"""Of `run.memory`, for the object store of a cluster that this process starts: twice what patches may take."""
 
 
 class RayWorkers:

@@ -267,7 +267,7 @@ class _Driver:
     # Ingest
 
     def _ingest(self) -> None:
-        done = self.store.markers("ingest")
+        done = self.store.finished("ingest")
         todo = [index for index in self.plan.canvas.source_blocks if index not in done]
         self._fan_out("ingest", ((self._question("ingest_block", index), 1) for index in todo))
 
@@ -281,8 +281,7 @@ class _Driver:
         radiometry = self.plan.config.radiometry
         stretch = fixed_stretch(self.plan.header, radiometry.stretch)
         if stretch is None:
-            markers = self.store.markers("ingest")
-            histograms = [markers[index]["histograms"] for index in sorted(markers)]
+            histograms = (marker["histograms"] for _, marker in self.store.markers("ingest"))
             stretch = percentile_stretch(histograms, radiometry.percentiles)
         self.store.mark("stretch", stretch.model_dump())
 
@@ -318,7 +317,7 @@ class _Driver:
         across = math.ceil(self.plan.canvas.block / max(patches.tile_width - patches.overlap, 1)) + 1  # of a block
         most = self.plan.patch_bytes // patch_bytes
         width = max((most - across**2) // (2 * across), 1)
-        done = self.store.markers(stage)
+        done = self.store.finished(stage)
         order = sorted(blocks, key=lambda index: (index[1] // width, index))
         return [index for index in order if index not in done]
 
@@ -444,7 +443,7 @@ class _Driver:
 
     def _overviews(self) -> None:
         for level in range(1, self.plan.n_levels):
-            done = self.store.markers(f"overviews/{level}")
+            done = self.store.finished(f"overviews/{level}")
             todo = [index for index in overviews.level_blocks(self.plan, level) if index not in done]
             self._fan_out("overviews", ((self._question("overview_block", level, index), 1) for index in todo))
 

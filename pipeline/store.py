@@ -206,15 +206,17 @@ class RunStore:
             return None
         return payload if _sealed(payload) == text else None
 
-    def markers(self, stage: str) -> dict[Index, dict[str, Any]]:
-        """Of all finished blocks of a stage, by row and column."""
-        found = {}
-        for path in (self.folder / "done" / stage).glob("*-*.json"):
-            payload = self.marker(f"{stage}/{path.stem}")
+    def markers(self, stage: str) -> Iterator[tuple[Index, dict[str, Any]]]:
+        """Of all finished blocks of a stage, row by row, one at a time: together they may be large."""
+        names = (path.stem.split("-") for path in (self.folder / "done" / stage).glob("*-*.json"))
+        for index in sorted((int(row), int(column)) for row, column in names):
+            payload = self.marker(unit_name(stage, index))
             if payload is not None:
-                row, column = path.stem.split("-")
-                found[int(row), int(column)] = payload
-        return found
+                yield index, payload
+
+    def finished(self, stage: str) -> set[Index]:
+        """The blocks of a stage that are done."""
+        return {index for index, _ in self.markers(stage)}
 
     def n_marked(self, stage: str) -> int:
         """How many blocks of a stage are finished."""

@@ -10,7 +10,7 @@ What leaves the stretch goes around the network, enlarged with it, so that no va
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -108,22 +108,20 @@ def _bin_ends(key: int) -> tuple[float, float]:
     return (near, far) if key >= 0 else (-far, -near)
 
 
-def percentile_stretch(histograms: Sequence[Sequence[Mapping[str, int]]], percentiles: tuple[float, float]) -> Stretch:
+def percentile_stretch(histograms: Iterable[Sequence[Mapping[str, int]]], percentiles: tuple[float, float]) -> Stretch:
     """The stretch between two percentiles of all valid samples, outwards to the ends of their bins.
 
     Args:
         histograms: of every block, one for each band.
         percentiles: within 0 and 100.
     """
-    lows, highs = [], []
-    for band in range(len(histograms[0]) if histograms else 0):
-        total: Counter[int] = Counter()
-        for block in histograms:
-            total.update({int(key): count for key, count in block[band].items()})
-        low, high = _percentiles(total, percentiles)
-        lows.append(low)
-        highs.append(high)
-    return Stretch(low=tuple(lows), high=tuple(highs))
+    totals: list[Counter[int]] = []
+    for block in histograms:
+        totals = totals or [Counter() for _ in block]
+        for total, counts in zip(totals, block, strict=True):
+            total.update({int(key): count for key, count in counts.items()})
+    ends = [_percentiles(total, percentiles) for total in totals]
+    return Stretch(low=tuple(low for low, _ in ends), high=tuple(high for _, high in ends))
 
 
 def _percentiles(total: Mapping[int, int], percentiles: tuple[float, float]) -> tuple[float, float]:

@@ -174,9 +174,9 @@ def _layer_statistics(context: Context, layer: int) -> tuple[ChannelStatistics, 
     """Of the whole layer: what the decoder made, and the enlarged source."""
     known = context.layer_statistics
     if layer not in known:
-        markers = context.store.markers(f"{STATISTICS}/{layer}")
-        n = sum(markers[index]["n"] for index in sorted(markers))
-        sums = np.sum([markers[index]["sums"] for index in sorted(markers)], axis=0)
+        markers = [marker for _, marker in context.store.markers(f"{STATISTICS}/{layer}")]
+        n = sum(marker["n"] for marker in markers)
+        sums = np.sum([marker["sums"] for marker in markers], axis=0)
         pair = []
         for total, squares in sums:
             mean = total / max(n, 1.0)

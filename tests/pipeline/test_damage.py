@@ -441,6 +441,23 @@ def test_verifying_a_run_that_is_at_work_touches_nothing(config: Config) -> None
     assert [line.partition(" of ")[2].split()[0] for line in found] == ["lr_latents/0"]
 
 
+def test_verifying_does_not_call_damaged_what_the_run_takes_back_meanwhile(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A slot is written over while it is read."""
+    stopped_at(config, "decode")
+    check = RunStore.check
+
+    def late(store: RunStore, name: str, *args: Any) -> None:
+        if name == "latents/0/a":
+            flip(file_of(config, name, args[1]))
+            store.unmark("sample/0/a")
+        check(store, name, *args)
+
+    monkeypatch.setattr(RunStore, "check", late)
+    assert verify_run(config.folder) == []
+
+
 def test_verifying_a_stopped_run_sees_the_half_done_step(tmp_path: Path, source: Path) -> None:
     config = rehearsal(source, tmp_path / "target.tif", **OPTIONS, run={"memory": STREAMED})
     with pytest.raises(Death):

@@ -43,7 +43,8 @@ def test_a_small_network_is_measured_itself(tmp_path: Path, micro: str, precisio
 def test_the_expected_time_grows_with_the_area_and_the_steps(
     tmp_path: Path, micro: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(estimate, "measure_flops", lambda plan: 1e10)
+    for measured in ("measure_flops", "measure_patch_flops"):
+        monkeypatch.setattr(estimate, measured, lambda plan: 1e10)
     one = measure_seconds(planned(tmp_path, 100, 100, micro, sampling={"steps": 2, "patch": 16}))
     four = measure_seconds(planned(tmp_path, 200, 200, micro, sampling={"steps": 2, "patch": 16}))
     assert 3 < four / one < 6

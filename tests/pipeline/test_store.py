@@ -286,18 +286,19 @@ def test_a_disk_that_cannot_be_read_is_not_called_damage(store: RunStore, monkey
 
 def test_markers_say_what_was_said(store: RunStore) -> None:
     assert store.marker("ingest/0-0") is None
-    assert store.markers("ingest") == {}
+    assert dict(store.markers("ingest")) == {}
     payload = {"checksums": {"source/0": 4_000_000_000}, "low": 0.1, "text": "nö"}
     store.mark("ingest/0-12", payload)
     store.mark(unit_name("ingest", (3, 5)), {})
     assert store.marker("ingest/0-12") == payload
-    assert store.markers("ingest") == {(0, 12): payload, (3, 5): {}}
+    assert dict(store.markers("ingest")) == {(0, 12): payload, (3, 5): {}}
+    assert store.finished("ingest") == {(0, 12), (3, 5)}
     assert store.n_marked("ingest") == 2
     store.unmark("ingest/0-12")
     store.unmark("ingest/9-9")
-    assert store.markers("ingest") == {(3, 5): {}}
+    assert dict(store.markers("ingest")) == {(3, 5): {}}
     store.unmark("ingest")
-    assert store.markers("ingest") == {}
+    assert dict(store.markers("ingest")) == {}
 
 
 @pytest.mark.parametrize(
@@ -309,7 +310,7 @@ def test_a_marker_that_is_not_what_was_written_says_nothing(store: RunStore, con
     store.mark("statistics/0/0-0", {"n": 1})
     (store.folder / "done" / "statistics" / "0" / "0-0.json").write_bytes(content)
     assert store.marker("statistics/0/0-0") is None
-    assert store.markers("statistics/0") == {}
+    assert store.finished("statistics/0") == set()
 
 
 @given(st.integers(0, 10**6), st.integers(0, 7))
@@ -408,7 +409,7 @@ def test_a_killed_writer_leaves_no_marker_without_its_data(store: RunStore) -> N
         writer.send_signal(signal.SIGKILL)
         writer.wait()
         writer.stdout.close()
-        for index, marker in RunStore(store.folder).markers("work").items():
+        for index, marker in RunStore(store.folder).markers("work"):
             n_marked += 1
             for name, expected in marker["checksums"].items():
                 RunStore(store.folder).check(name, blocks, index, expected)

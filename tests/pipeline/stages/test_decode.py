@@ -79,7 +79,7 @@ def test_low_frequencies_of_few_extreme_pixels_come_through_a_network_that_never
 
 def statistics(config: Any) -> tuple[float, NDArray[Any]]:
     """Of all blocks of a run that was kept."""
-    markers = RunStore(config.folder).markers("statistics/0").values()
+    markers = [marker for _, marker in RunStore(config.folder).markers("statistics/0")]
     return sum(m["n"] for m in markers), np.sum([m["sums"] for m in markers], axis=0)
 
 
