@@ -165,9 +165,18 @@ class Run(Section):
     keep: bool = False
     """Keep the folder after the run."""
     workers: Literal["ray", "local"] = "ray"
-    """Ray, one worker for each GPU or one on the CPU; or all in this process."""
+    """Ray, one worker for each GPU or, without any, for each machine; or all in this process."""
     address: str | None = None
     """Of a Ray cluster; Ray is started in this process, and ended with it, unless given."""
+    max_workers: int | None = Field(None, ge=1)
+    """At most so many workers on Ray. On a cluster that grows by itself, so many are asked for."""
+    cores: int | None = Field(None, ge=1)
+    """CPU cores of a worker without a GPU; all of its machine's, unless given."""
+    hang_seconds: float = Field(60.0, gt=0)
+    """A worker that gets nowhere for this long, and for 20 times as long as such work took it at most, is replaced;
+    where that is not known yet, after ten times this long."""
+    patience_seconds: float = Field(60.0, ge=0)
+    """How long a disk that refuses to be read or written is tried again before the run gives up."""
     commit_seconds: float = Field(60.0, ge=0)
     """Sampling is committed to disk this often; 0 commits every step."""
     memory: float = Field(4.0, gt=0)
@@ -175,9 +184,10 @@ class Run(Section):
     streamed from the run's folder at every step."""
 
     @model_validator(mode="after")
-    def _an_address_is_rays(self) -> Self:
-        if self.address is not None and self.workers != "ray":
-            raise ValueError(f"address={self.address!r} is that of a Ray cluster, but workers={self.workers}")
+    def _these_are_rays(self) -> Self:
+        for name in ("address", "max_workers", "cores"):
+            if (value := getattr(self, name)) is not None and self.workers != "ray":
+                raise ValueError(f"{name}={value!r} is about Ray, but workers={self.workers}")
         return self
 
 

@@ -8,7 +8,10 @@
     │   ├── WontFit          disk or memory would not do
     │   └── RunMismatch      the run folder belongs to another source, configuration or model
     ├── WorkFailed           something went wrong in the middle; the run can go on later; exit code 1
-    │   └── Damaged          stored data are not what was written
+    │   ├── Damaged          stored data are not what was written; they are computed again
+    │   ├── StoreFailed      the disk refuses; it is tried again for a while
+    │   ├── BlockFailed      a block's computation raised something; it is tried again, a few times
+    │   └── WorkerLost       a worker died, hangs, or its machine is gone; others take over
     └── Stopped              a signal asked for it; everything finished is kept; exit code 75
 
 Each says what, where and what to do. Hints stand on a line of their own.
@@ -68,6 +71,33 @@ class Damaged(WorkFailed):
 
     def __reduce__(self) -> tuple[Any, ...]:  # exceptions travel between processes; the default forgets arguments
         return type(self), (self.args[0], self.array, self.index)
+
+
+class StoreFailed(WorkFailed):
+    """The operating system refuses to read or write the store. A run tries again for a while."""
+
+
+class BlockFailed(WorkFailed):
+    """The computation of a block raised what nobody expected. A run tries again, a few times, with another worker."""
+
+    def __init__(self, message: str, stage: str, index: tuple[int, int]) -> None:
+        super().__init__(message)
+        self.stage, self.index = stage, index
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.args[0], self.stage, self.index)
+
+
+class WorkerLost(WorkFailed):
+    """A worker died, or was given up as hanging, or what it had computed is gone with its machine."""
+
+    def __init__(self, message: str, worker: int | None = None) -> None:
+        super().__init__(message)
+        self.worker = worker
+        """Its number; None if something was lost, but nobody knows by whom."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.args[0], self.worker)
 
 
 class Stopped(GigasrError):

@@ -32,6 +32,7 @@ class UnitsDone:
 
     stage: str
     n: int
+    """Below 0 for steps that were taken but not committed when a worker was lost."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,41 @@ class Committed:
     steps: int
     seconds: float
     """Spent writing."""
+
+
+@dataclass(frozen=True)
+class StepTaken:
+    """All workers have taken a diffusion step."""
+
+    step: int
+    """Steps done."""
+    seconds: float
+    """Since the step before, or the beginning of the round."""
+    tiles: int
+    """That went through the network."""
+    predicting_s: float
+    """Spent on that by all workers together."""
+    sent_bytes: int
+    """From worker to worker."""
+
+
+@dataclass(frozen=True)
+class WorkerJoined:
+    """A worker has loaded the network and takes part from now on."""
+
+    worker: int
+    """Its number; no two workers of a run's start have the same."""
+    device: str
+    node: str
+    """Of the machine it is on."""
+
+
+@dataclass(frozen=True)
+class WorkerLeft:
+    """A worker is lost; what it was doing is done again."""
+
+    worker: int
+    why: str
 
 
 @dataclass(frozen=True)
@@ -71,5 +107,16 @@ class RunFinished:
     """Of this start of the run."""
 
 
-Event = RunStarted | StageStarted | UnitsDone | Committed | StageFinished | Notice | RunFinished
+Event = (
+    RunStarted
+    | StageStarted
+    | UnitsDone
+    | Committed
+    | StepTaken
+    | WorkerJoined
+    | WorkerLeft
+    | StageFinished
+    | Notice
+    | RunFinished
+)
 Listener = Callable[[Event], None]

@@ -7,8 +7,10 @@ tiles       cover it, overlapping: aaaa  cccc  eeee        fixed by the canvas, 
                                      bbbb  dddd
 """
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import ceil
 
 from stablesr.aggregation import TileGrid
@@ -122,6 +124,11 @@ class Canvas:
         """The block that a tile belongs to: the one that holds its centre."""
         return self.blocks.holding((tile.top + tile.bottom) // 2, (tile.left + tile.right) // 2)
 
+    def at_home(self, index: Index) -> list[Box]:
+        """The tiles that belong to a block."""
+        row, column = index
+        return Share(self, Box(row, column, row + 1, column + 1)).tiles
+
     def behind(self, pixels: Box) -> Box:
         """The source pixels that lie under a part of the canvas, reflections included, without any margin."""
         rows = reflected(pixels.top, pixels.bottom, self.target.height)
@@ -142,52 +149,133 @@ def reflected(start: int, stop: int, length: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Share:
-    """What one worker does of a step.
+    """What one worker does of a step. Cheap to make and to send: what it consists of is worked out where it is needed.
 
-    reach  ______________          own: the blocks it writes
+    region ______________          own: the blocks it writes
           |   ________   |         tiles: those it predicts, whole tiles within its frame
           |  |  own   |  |         region: what it blends and advances
           |  |________|  |         frame: what it holds of x_t and the low-resolution latents
-          |______________|
+          |______________|         inner: the part of the region that no tile of anybody else touches
+
+    A worker whose latents stay with it predicts the tiles whose home it owns, and advances all latents that these
+    tiles read (its reach), so that the neighbours' predictions are all it needs of a step. A share that is streamed,
+    read from the store and written back at every step, predicts every tile that touches what it owns; tiles on a
+    border are predicted by both sides.
     """
 
-    own: tuple[Index, ...]
-    tiles: tuple[Box, ...]
-    region: Box
-    frame: Box
+    canvas: Canvas
+    rectangle: Box
+    """Of the block grid."""
+    streamed: bool = False
+
+    @property
+    def own(self) -> list[Index]:
+        return [*_indexes(self.rectangle)]
+
+    @property
+    def own_box(self) -> Box:
+        """In latents."""
+        return own_box(self.canvas, self.rectangle)
+
+    @cached_property
+    def _lattice(self) -> tuple[list[int], range, list[int], range]:
+        """Where rows and columns of tiles begin, and which of them are ours."""
+        tiles, own = self.canvas.tiles, self.own_box
+        tops, lefts = tiles.tops, tiles.lefts
+        rows = _ours(tops, tiles.tile_height, own.top, own.bottom, self.streamed)
+        return tops, rows, lefts, _ours(lefts, tiles.tile_width, own.left, own.right, self.streamed)
+
+    @property
+    def n_tiles(self) -> int:
+        _, rows, _, columns = self._lattice
+        return len(rows) * len(columns)
+
+    @property
+    def tiles(self) -> list[Box]:
+        """In tile order."""
+        tops, rows, lefts, columns = self._lattice
+        height, width = self.canvas.tiles.tile_height, self.canvas.tiles.tile_width
+        corners = ((tops[row], lefts[column]) for column in columns for row in rows)
+        return [Box(top, left, top + height, left + width) for top, left in corners]
+
+    @cached_property
+    def region(self) -> Box:
+        return self.own_box if self.streamed else self.frame
+
+    @cached_property
+    def frame(self) -> Box:
+        tops, rows, lefts, columns = self._lattice
+        own, tiles = self.own_box, self.canvas.tiles
+        if not rows or not columns:
+            return own
+        return Box(
+            min(tops[rows[0]], own.top),
+            min(lefts[columns[0]], own.left),
+            max(tops[rows[-1]] + tiles.tile_height, own.bottom),
+            max(lefts[columns[-1]] + tiles.tile_width, own.right),
+        )
+
+    @cached_property
+    def inner(self) -> Box | None:
+        tops, rows, lefts, columns = self._lattice
+        tiles, region = self.canvas.tiles, self.region
+        top, bottom = _between(tops, tiles.tile_height, rows, region.top, region.bottom)
+        left, right = _between(lefts, tiles.tile_width, columns, region.left, region.right)
+        return Box(top, left, bottom, right) if top < bottom and left < right else None
 
 
-def resident_shares(canvas: Canvas, rectangles: Sequence[Box]) -> list[Share]:
-    """Shares of workers that keep their latents from step to step and exchange predictions at their borders.
-
-    A worker predicts the tiles whose home it owns, and advances all latents that these tiles read, so that the
-    neighbours' predictions are all it needs of a step.
-
-    Args:
-        rectangles: of the block grid, one for each worker; a partition.
-    """
-    homes: list[list[Box]] = [[] for _ in rectangles]
-    for tile in canvas.tiles:
-        row, column = canvas.home(tile)
-        cell = Box(row, column, row + 1, column + 1)
-        homes[next(i for i, rectangle in enumerate(rectangles) if rectangle.overlap(cell))].append(tile)
-    shares = []
-    for rectangle, tiles in zip(rectangles, homes, strict=True):
-        own = own_box(canvas, rectangle)
-        reach = bounding([own, *tiles])
-        shares.append(Share(tuple(_indexes(rectangle)), tuple(tiles), reach, reach))
-    return shares
+def _ours(starts: Sequence[int], side: int, start: int, stop: int, streamed: bool) -> range:
+    """Which tiles along an axis belong to an interval: those with their centre in it, or all that touch it."""
+    if streamed:
+        return range(bisect_right(starts, start - side), bisect_left(starts, stop))
+    return range(*(bisect_left(starts, place, key=lambda first: (2 * first + side) // 2) for place in (start, stop)))
 
 
-def streamed_shares(canvas: Canvas, rectangles: Sequence[Box]) -> Iterator[Share]:
-    """Shares that are worked on one after another, each read from the store and written back at every step.
+def _between(starts: Sequence[int], side: int, ours: range, start: int, stop: int) -> tuple[int, int]:
+    """What of an interval the tiles beside ours leave free."""
+    if not ours:
+        return start, start
+    before, after = ours.start - 1, ours.stop
+    return (
+        max(start, starts[before] + side) if before >= 0 else start,
+        min(stop, starts[after]) if after < len(starts) else stop,
+    )
 
-    Each predicts every tile that touches it; tiles on a border are predicted by both sides.
-    """
-    for rectangle in rectangles:
-        own = own_box(canvas, rectangle)
-        tiles = tuple(canvas.tiles.touching(own))
-        yield Share(tuple(_indexes(rectangle)), tiles, own, bounding(tiles))
+
+def around(region: Box, inner: Box | None) -> list[Box]:
+    """A region without what lies inside it: left, right, above, below."""
+    if inner is None:
+        return [region]
+    edges = (
+        (region.top, region.left, region.bottom, inner.left),
+        (region.top, inner.right, region.bottom, region.right),
+        (region.top, inner.left, inner.top, inner.right),
+        (inner.bottom, inner.left, region.bottom, inner.right),
+    )
+    return [Box(*edge) for edge in edges if edge[0] < edge[2] and edge[1] < edge[3]]
+
+
+def neighbours(shares: Sequence[Share]) -> list[list[int]]:
+    """For each share, which others may need some of its tiles: an exchange goes both ways."""
+    found: list[list[int]] = [[] for _ in shares]
+    of_block = {index: i for i, share in enumerate(shares) for index in _edge(share.rectangle)}
+    blocks = shares[0].canvas.blocks if shares else None
+    for i, share in enumerate(shares):
+        assert blocks is not None
+        # The other's region reaches as far beyond its blocks as ours does beyond ours, about: half a tile and more.
+        near = share.region
+        reach = max(share.canvas.tiles.tile_height, share.canvas.tiles.tile_width)
+        seen = Box(near.top - reach, near.left - reach, near.bottom + reach, near.right + reach)
+        others = {of_block[index] for index in blocks.touching(seen) if index in of_block} - {i}
+        found[i] = sorted(other for other in others if shares[other].region.overlap(share.region))
+    return found
+
+
+def _edge(rectangle: Box) -> Iterator[Index]:
+    """The blocks along the border of a rectangle: nobody else is near those inside."""
+    for row, column in _indexes(rectangle):
+        if row in (rectangle.top, rectangle.bottom - 1) or column in (rectangle.left, rectangle.right - 1):
+            yield row, column
 
 
 def own_box(canvas: Canvas, rectangle: Box) -> Box:
@@ -197,39 +285,99 @@ def own_box(canvas: Canvas, rectangle: Box) -> Box:
     return whole
 
 
-def bounding(boxes: Sequence[Box]) -> Box:
-    """The smallest box that holds all of them."""
-    return Box(
-        min(b.top for b in boxes), min(b.left for b in boxes), max(b.bottom for b in boxes), max(b.right for b in boxes)
-    )
-
-
 def _indexes(rectangle: Box) -> Iterator[Index]:
     for row in range(rectangle.top, rectangle.bottom):
         for column in range(rectangle.left, rectangle.right):
             yield row, column
 
 
-def split(rows: int, columns: int, parts: int) -> list[Box]:
-    """Cut a grid of blocks into rectangles of about equal size: by halves, across the longer side, as often as needed.
+class Loads:
+    """How much there is to do in each block of a grid, such as its number of tiles; and in rectangles of it."""
 
-    Fewer than `parts` if there are fewer blocks. In a fixed order.
+    def __init__(self, rows: Sequence[Sequence[float]]) -> None:
+        self.rows, self.columns = len(rows), len(rows[0])
+        self._sums = [[0.0] * (self.columns + 1)]
+        """Over everything above and to the left."""
+        for row in rows:
+            above, sums, so_far = self._sums[-1], [0.0], 0.0
+            for column, load in enumerate(row):
+                so_far += load
+                sums.append(above[column + 1] + so_far)
+            self._sums.append(sums)
+
+    @classmethod
+    def even(cls, rows: int, columns: int) -> "Loads":
+        return cls([[1.0] * columns] * rows)
+
+    @classmethod
+    def of_tiles(cls, canvas: Canvas) -> "Loads":
+        """The number of tiles that have their home in each block."""
+        tiles, blocks = canvas.tiles, canvas.blocks
+        of_rows = [len(_ours(tiles.tops, tiles.tile_height, top, top + canvas.block, False))
+                   for top in range(0, blocks.height, canvas.block)]  # fmt: skip
+        of_columns = [len(_ours(tiles.lefts, tiles.tile_width, left, left + canvas.block, False))
+                      for left in range(0, blocks.width, canvas.block)]  # fmt: skip
+        return cls([[row * column for column in of_columns] for row in of_rows])
+
+    def __len__(self) -> int:
+        return self.rows * self.columns
+
+    def of(self, box: Box) -> float:
+        """Of a rectangle of blocks."""
+        above, upto = self._sums[box.top], self._sums[box.bottom]
+        return upto[box.right] - upto[box.left] - above[box.right] + above[box.left]
+
+
+def share_out(loads: Loads, speeds: Sequence[float]) -> list[Box]:
+    """Cut a grid of blocks into a rectangle for each worker, so that all take about the same time.
+
+    By halves, as often as needed, each time where the slower half is least slow; across the longer side, unless the
+    other way is clearly fairer: short borders exchange less.
+
+    Args:
+        speeds: of the workers, relative to each other; no more workers than blocks.
+
+    Returns:
+        The rectangles, a partition, in the order of the speeds.
     """
-    return [*_halved(Box(0, 0, rows, columns), min(parts, rows * columns))]
+    assert 0 < len(speeds) <= len(loads), (len(speeds), len(loads))
+    return [*_halved(Box(0, 0, loads.rows, loads.columns), loads, speeds)]
 
 
-def _halved(box: Box, parts: int) -> Iterator[Box]:
-    if parts <= 1:
+FAIRER = 0.95
+"""How much shorter the slower half must take for a cut along the longer side."""
+
+
+def _halved(box: Box, loads: Loads, speeds: Sequence[float]) -> Iterator[Box]:
+    if len(speeds) == 1:
         yield box
         return
-    share = parts // 2
-    if box.height >= box.width:
-        cut = box.top + min(max(round(box.height * share / parts), 1), box.height - 1)
-        first, second = Box(box.top, box.left, cut, box.right), Box(cut, box.left, box.bottom, box.right)
-    else:
-        cut = box.left + min(max(round(box.width * share / parts), 1), box.width - 1)
-        first, second = Box(box.top, box.left, box.bottom, cut), Box(box.top, cut, box.bottom, box.right)
-    # where a half has fewer blocks than its share of the parts, the other takes the rest
-    share = min(max(share, parts - second.height * second.width), first.height * first.width)
-    yield from _halved(first, share)
-    yield from _halved(second, parts - share)
+    longer, other = (_best_cut(box, loads, speeds, by_rows) for by_rows in _both(box.height >= box.width))
+    cut = other if longer is None or (other is not None and other[0] < FAIRER * longer[0]) else longer
+    assert cut is not None
+    _, n, first, second = cut
+    yield from _halved(first, loads, speeds[:n])
+    yield from _halved(second, loads, speeds[n:])
+
+
+def _both(first: bool) -> tuple[bool, bool]:
+    return first, not first
+
+
+def _best_cut(box: Box, loads: Loads, speeds: Sequence[float], by_rows: bool) -> tuple[float, int, Box, Box] | None:
+    """How long the slower half takes, how many workers the first half gets, and the halves."""
+    best, half = None, len(speeds) // 2
+    length, across = (box.height, box.width) if by_rows else (box.width, box.height)
+    for place in range(1, length):
+        # where a half has fewer blocks than workers, the other takes the rest
+        n = min(max(half, len(speeds) - (length - place) * across), place * across)
+        if by_rows:
+            at = box.top + place
+            first, second = Box(box.top, box.left, at, box.right), Box(at, box.left, box.bottom, box.right)
+        else:
+            at = box.left + place
+            first, second = Box(box.top, box.left, box.bottom, at), Box(box.top, at, box.bottom, box.right)
+        time = max(loads.of(first) / sum(speeds[:n]), loads.of(second) / sum(speeds[n:]))
+        if best is None or time <= best[0]:
+            best = time, n, first, second
+    return best

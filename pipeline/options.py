@@ -46,6 +46,8 @@ METAVARS = {
     "run.folder": "FOLDER",
     "run.memory": "GIB",
     "run.commit_seconds": "SECONDS",
+    "run.hang_seconds": "SECONDS",
+    "run.patience_seconds": "SECONDS",
 }
 
 ARGUMENTS = ("source", "output")

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ import torch
 
 from pipeline.config import Config, Format
 from pipeline.cost import Flops, count_flops
-from pipeline.errors import ConfigError, OutputError, RunMismatch, WontFit
-from pipeline.grid import Canvas, split
+from pipeline.errors import BlockFailed, ConfigError, OutputError, RunMismatch, WontFit
+from pipeline.grid import Blocks, Canvas, Index, Loads, share_out
 from pipeline.network import architecture, guidance_scale, weights_fingerprint
 from pipeline.raster.gdal_source import CACHE_BYTES
 from pipeline.raster.header import Frozen, Header
@@ -30,6 +31,9 @@ from stablesr.box import Box
 from stablesr.config import StableSRConfig
 
 GIB = 2**30
+
+UNEVEN = 1.5
+"""How much more than its part of the canvas a worker may hold, where others have more to do in theirs."""
 
 TYPICAL_COMPRESSION = 0.7
 """Of what pixels take in the store and in a compressed file, to what they take as they are; zstd on real pictures."""
@@ -111,16 +115,26 @@ class Plan(Frozen):
         """Of x_t before and after a step and the low-resolution latents, for one layer."""
         return self.canvas.latents.height * self.canvas.latents.width * self.latent_channels * 4 * 3
 
-    def rectangles(self, n_workers: int) -> tuple[list[Box], bool]:
+    def rectangles(self, speeds: Sequence[float], loads: Loads | None = None) -> tuple[list[Box], bool]:
         """How the block grid is shared out for sampling, and whether the shares stay in the workers' memory.
 
         One share for each worker if that fits; else as many as it takes for each to fit, worked on in turn.
+
+        Args:
+            speeds: of the workers, relative to each other; only as many get a share as there are blocks.
+            loads: how much there is to do in each block; the same in all, unless given.
         """
-        budget = self.config.run.memory * GIB / 2
-        blocks = self.canvas.blocks
-        resident = self.resident_bytes <= budget * n_workers
-        parts = n_workers if resident else math.ceil(self.resident_bytes / budget)
-        return split(blocks.rows, blocks.columns, parts), resident
+        budget, blocks = self.config.run.memory * GIB / 2, self.canvas.blocks
+        even = Loads.even(blocks.rows, blocks.columns)
+        n_workers = min(len(speeds), len(even))
+        if self.resident_bytes > budget * len(speeds):
+            n_parts = min(math.ceil(self.resident_bytes / budget), len(even))
+            return share_out(even, [1.0] * n_parts), False
+        fair = share_out(loads or even, speeds[:n_workers])
+        largest = max(rectangle.height * rectangle.width for rectangle in fair)
+        if largest * self.resident_bytes / len(even) > max(budget, self.resident_bytes / n_workers) * UNEVEN:
+            return share_out(even, [1.0] * n_workers), True  # where much is empty, a fair share may be too large
+        return fair, True
 
     @property
     def patch_bytes(self) -> int:
@@ -181,6 +195,41 @@ class Plan(Frozen):
         each = self.flops.encode_patch + decoded * self.flops.decode_patch
         return self.tile_steps * self.flops.tile_step + len(self.canvas.patches) * len(self.layers) * each
 
+    # Places
+
+    def blocks_of(self, stage: str) -> Blocks:
+        """The blocks of a stage: "ingest", or a stage and its layer or level, as in "encode/0"."""
+        name, _, number = stage.partition("/")
+        match name:
+            case "ingest":
+                return self.canvas.source_blocks
+            case "encode" | "sample":
+                return self.canvas.blocks
+            case "overviews":
+                return self.level_blocks(int(number))
+        return self.canvas.output_blocks
+
+    def level_blocks(self, level: int) -> Blocks:
+        """The blocks of a level of the output's pyramid; 0 is the target itself."""
+        blocks = self.canvas.output_blocks
+        return Blocks(-(-blocks.height // 2**level), -(-blocks.width // 2**level), blocks.side)
+
+    def place(self, stage: str, index: Index) -> str:
+        """Which block it is and where it lies, in words, with the seed: enough to look at it alone."""
+        box = self.blocks_of(stage).box(index)
+        if stage.startswith(("encode", "sample")):
+            box = box.scaled(self.canvas.factor)
+        of = "source" if stage == "ingest" else "overview" if stage.startswith("overviews") else "target"
+        return (
+            f"block {index} of {stage} (window of the {of}: rows {box.top} to {box.bottom}, columns {box.left} to "
+            f"{box.right}; seed {self.config.sampling.seed})"
+        )
+
+    def block_failed(self, stage: str, index: Index, error: Exception) -> BlockFailed:
+        """What to say where the computation of a block raised something."""
+        words = f"{type(error).__name__}: {str(error) or 'no message'}"
+        return BlockFailed(f"{self.place(stage, index)} failed: {words}", stage, index)
+
     # Identity
 
     def differences(self, other: "Plan") -> list[str]:
@@ -206,7 +255,7 @@ class Plan(Frozen):
         canvas, blocks = self.canvas, self.canvas.blocks
         tile, patches = canvas.tile, canvas.patches
         layers = "; ".join(f"bands {', '.join(str(band + 1) for band in bands)}" for bands in self.layers)
-        parts, resident = self.rectangles(1)
+        parts, resident = self.rectangles([1.0])
         rows = [
             ("source", f"{self.config.source}: {_size(self.header)}"),
             ("target", f"{self.config.output}: {_size(self.target)}, {self.format}"),

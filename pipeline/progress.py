@@ -28,7 +28,10 @@ from pipeline.events import (
     RunStarted,
     StageFinished,
     StageStarted,
+    StepTaken,
     UnitsDone,
+    WorkerJoined,
+    WorkerLeft,
 )
 
 Log = Literal["rich", "plain", "json"]
@@ -231,7 +234,9 @@ def line_of(event: Event) -> str | None:
             return f"warning: {event.message}" if event.warning else event.message
         case RunFinished():
             return f"finished in {duration(event.seconds)}: {event.output}"
-        case UnitsDone() | Committed():
+        case WorkerJoined():
+            return f"worker {event.worker} takes part, with {event.device} on {event.node}"
+        case UnitsDone() | Committed() | StepTaken() | WorkerLeft():
             return None
 
 

@@ -5,16 +5,16 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config
-from pipeline.errors import Damaged, GigasrError, RunMismatch, Stopped, WorkFailed
+from pipeline.errors import Damaged, RunMismatch, StoreFailed, WorkerLost, WorkFailed
 from pipeline.events import (
-    Committed,
+    Event,
     Listener,
     Notice,
     RunFinished,
@@ -23,26 +23,19 @@ from pipeline.events import (
     StageStarted,
     UnitsDone,
 )
-from pipeline.grid import Index, Share, resident_shares, streamed_shares
+from pipeline.grid import Index
 from pipeline.network import is_untrained
 from pipeline.plan import Plan, make_plan, read_plan
 from pipeline.raster.radiometry import fixed_stretch, percentile_stretch
 from pipeline.raster.validate import validate
+from pipeline.rounds import Rounds
 from pipeline.signals import NEVER, Stopping
 from pipeline.stages import decode, encode, export, ingest, overviews, sample
 from pipeline.status import newest_slot, stage_counts
 from pipeline.store import RunStore, unit_name
+from pipeline.supervisor import Supervisor, Task
 from pipeline.workers import LocalWorkers, Workers
 from stablesr.box import Box
-
-QUESTIONS_AHEAD = 2
-"""Of independent work, what a worker is asked at a time, so that it never waits for the driver."""
-
-POLL_S = 0.5
-"""How often a waiting driver looks whether it should stop."""
-
-LONGEST_COMMIT_INTERVAL_S = 600.0
-"""However much a commit writes, no more work than this is lost with a machine."""
 
 UNTRAINED = (
     "the weights {!r} are untrained, random numbers: the output has the right size and colours, but its detail is noise"
@@ -80,7 +73,7 @@ def run(config: Config, listener: Listener = lambda event: None, stopping: Stopp
             workers = _make_workers(plan, config.folder, stopping)
             try:
                 stopping.install()  # Ray has put its own handlers in their place
-                _Driver(plan, store, workers, listener, stopping).run()
+                _Driver(plan, store, Supervisor(plan, store, workers, listener, stopping)).run()
             finally:
                 workers.close()
             output = _finish(plan, store)
@@ -158,12 +151,11 @@ class _Driver:
 
     plan: Plan
     store: RunStore
-    workers: Workers
-    listener: Listener
-    stopping: Stopping
+    supervisor: Supervisor
 
     def run(self) -> None:
-        """All stages; from the first one again where stored data turn out damaged: what is sound is not repeated."""
+        """All stages; from the first one again where stored data turn out damaged, or when a disk has been refusing:
+        what is sound is not repeated."""
         repairs: Counter[tuple[str, Index]] = Counter()
         while True:
             try:
@@ -173,8 +165,13 @@ class _Driver:
                 repairs[damage.array, damage.index] += 1
                 if repairs[damage.array, damage.index] > REPAIRS:
                     raise
-                self.listener(Notice(f"{damage}: it is computed again", warning=True))
+                self._tell(Notice(f"{damage}: it is computed again", warning=True))
                 forget(self.store, damage.array, damage.index)
+            except StoreFailed as refusal:
+                self.supervisor.be_patient(refusal)
+
+    def _tell(self, event: Event) -> None:
+        self.supervisor.tell(event)
 
     def _stages(self) -> None:
         self._stage("ingest", self._ingest)
@@ -201,78 +198,24 @@ class _Driver:
         if not total:
             return
         started = time.monotonic()
-        self.listener(StageStarted(stage, total, done))
-        self._stop_if_asked()
+        self._tell(StageStarted(stage, total, done))
+        self.supervisor.stop_if_asked()
         work()
-        self._gather([self.workers.ask(worker, "rest") for worker in range(len(self.workers))])
-        self.listener(StageFinished(stage, time.monotonic() - started))
-
-    def _stop_if_asked(self) -> None:
-        if self.stopping():
-            raise Stopped("stopped; what is finished is kept\nhint: run the same command again to go on")
-
-    # Waiting
-
-    def _gather(self, handles: Sequence[Any], halting: bool = False) -> list[Any]:
-        """What became of some questions, in their order.
-
-        Args:
-            halting: whether to give up on diffusion steps when asked to stop; the answers come either way.
-        """
-        pending = dict(enumerate(handles))
-        answers: dict[int, Any] = {}
-        halted = False
-        while pending:
-            if halting and not halted and self.stopping():
-                self.workers.halt()
-                halted = True
-            keys = [*pending]
-            for i in self.workers.wait([*pending.values()], POLL_S):
-                answers[keys[i]] = self.workers.get(pending.pop(keys[i]))
-        return [answers[i] for i in range(len(handles))]
-
-    def _fan_out(self, stage: str, questions: Iterable[tuple[Callable[[int], Any], int]]) -> None:
-        """Ask questions in order, of whichever worker has the least to do, a few at a time.
-
-        Args:
-            questions: what asks a worker, given its number, and the units of the stage that this finishes.
-        """
-        pending: list[tuple[Any, int, int]] = []  # handle, worker, units
-        questions = iter(questions)
-        exhausted = False
-        try:
-            while True:
-                self._stop_if_asked()
-                while not exhausted and len(pending) < QUESTIONS_AHEAD * len(self.workers):
-                    load = Counter(worker for _, worker, _ in pending)
-                    worker = min(range(len(self.workers)), key=lambda w: load[w])
-                    question = next(questions, None)
-                    if question is None:
-                        exhausted = True
-                    else:
-                        ask, units = question
-                        pending.append((ask(worker), worker, units))
-                if not pending:
-                    return
-                for i in reversed(self.workers.wait([handle for handle, _, _ in pending], POLL_S)):
-                    handle, _, units = pending.pop(i)
-                    self.workers.get(handle)
-                    self.listener(UnitsDone(stage, units))
-        except Damaged:
-            for handle, _, _ in pending:  # what is under way must be over before anything is computed again
-                with suppress(GigasrError):
-                    self._gather([handle])
-            raise
+        workers = self.supervisor.workers
+        for worker in workers.live():
+            with suppress(WorkerLost):  # it has nothing to give back, then
+                self.supervisor.gather([workers.ask(worker, "rest")])
+        self._tell(StageFinished(stage, time.monotonic() - started))
 
     # Ingest
 
     def _ingest(self) -> None:
         done = self.store.finished("ingest")
-        todo = [index for index in self.plan.canvas.source_blocks if index not in done]
-        self._fan_out("ingest", ((self._question("ingest_block", index), 1) for index in todo))
+        todo = (index for index in self.plan.canvas.source_blocks if index not in done)
+        self.supervisor.fan_out("ingest", (self._task("ingest", index, "ingest_block", index) for index in todo))
 
-    def _question(self, method: str, *args: Any) -> Callable[[int], Any]:
-        return lambda worker: self.workers.ask(worker, method, *args)
+    def _task(self, stage: str, index: Index, method: str, *args: Any) -> Task:
+        return Task(unit_name(stage, index), stage, index, lambda w: self.supervisor.workers.ask(w, method, *args))
 
     def _fix_stretch(self) -> None:
         """Once for the run; a block that is ingested again must not move it."""
@@ -291,7 +234,13 @@ class _Driver:
         each = encode.patch_bytes(self.plan)
         todo = self._in_bands(self.plan.canvas.blocks, f"encode/{layer}", each)
         self._patch_map(
-            "encode", todo, encode.patches_of, encode.blocks_of, each, ("encode_patch", layer), ("encode_block", layer)
+            f"encode/{layer}",
+            todo,
+            encode.patches_of,
+            encode.blocks_of,
+            each,
+            ("encode_patch", layer),
+            ("encode_block", layer),
         )
 
     def _decode(self, layer: int) -> None:
@@ -305,7 +254,13 @@ class _Driver:
         each = decode.patch_bytes(self.plan)
         todo = self._in_bands(self.plan.canvas.output_blocks, f"{stage}/{layer}", each)
         self._patch_map(
-            stage, todo, decode.patches_of, decode.blocks_of, each, ("decode_patch", layer, slot), (method, layer)
+            f"{stage}/{layer}",
+            todo,
+            decode.patches_of,
+            decode.blocks_of,
+            each,
+            ("decode_patch", layer, slot),
+            (method, layer),
         )
 
     def _in_bands(self, blocks: Any, stage: str, patch_bytes: int) -> list[Index]:
@@ -331,124 +286,59 @@ class _Driver:
         patch_question: tuple[Any, ...],
         block_question: tuple[Any, ...],
     ) -> None:
-        """Compute blocks from overlapping patches. A patch is computed once and kept until its last block has it,
-        unless memory runs out: then the oldest is dropped, and computed again when it is needed."""
+        """Compute blocks from overlapping patches. A patch is computed once and kept until its last block has it.
+
+        Where workers cannot spill what does not fit into memory, the oldest patch is dropped then, and computed again
+        when it is needed.
+        """
+        workers = self.supervisor.workers
         waiting = set(todo)
         kept: dict[Box, Any] = {}
         most = max(self.plan.patch_bytes // patch_bytes, 1)
 
         def ask(worker: int, index: Index) -> Any:
             patches = patches_of(self.plan, index)
-            others = [patch for patch in kept if patch not in patches]
-            for patch in others[: max(len(others) + len(patches) - most, 0)]:
-                del kept[patch]
+            if not workers.spills:
+                others = [patch for patch in kept if patch not in patches]
+                for patch in others[: max(len(others) + len(patches) - most, 0)]:
+                    del kept[patch]
             for patch in patches:
                 if patch not in kept:
-                    kept[patch] = self.workers.ask(worker, *patch_question, patch)
-            handle = self.workers.ask(worker, *block_question, index, *(kept[patch] for patch in patches))
+                    kept[patch] = workers.ask(worker, *patch_question, patch)
+            handle = workers.ask(worker, *block_question, index, *(kept[patch] for patch in patches))
             waiting.discard(index)
             for patch in patches:
                 if not any(other in waiting for other in blocks_of(self.plan, patch)):
                     del kept[patch]
             return handle
 
-        def question(index: Index) -> Callable[[int], Any]:
-            return lambda worker: ask(worker, index)
+        def forget(task: Task) -> None:
+            """Any of the patches may be what is lost, or never will be."""
+            waiting.add(task.index)
+            for patch in patches_of(self.plan, task.index):
+                kept.pop(patch, None)
 
-        self._fan_out(stage, ((question(index), 1) for index in todo))
+        def task(index: Index) -> Task:
+            return Task(unit_name(stage, index), stage, index, lambda worker: ask(worker, index))
 
-    # Sampling
+        self.supervisor.fan_out(stage.partition("/")[0], (task(index) for index in todo), forget)
 
     def _sample(self, layer: int) -> None:
-        rectangles, resident = self.plan.rectangles(len(self.workers))
-        slot, step = newest_slot(self.store, layer)
-        if step == self.plan.steps:
-            return
-        if resident:
-            self._sample_resident(layer, rectangles, step, slot)
-        else:
-            while step < self.plan.steps:
-                slot = self._stream_step(layer, rectangles, step, slot)
-                step += 1
-
-    def _sample_resident(self, layer: int, rectangles: Sequence[Box], step: int, slot: str | None) -> None:
-        """Steps in the workers' memory, committed now and then."""
-        self.store.unmark(f"stream/{layer}")  # where a step was half streamed, commits are written now
-        shares = resident_shares(self.plan.canvas, rectangles)
-        workers = range(len(shares))
-        self._gather([self.workers.ask(w, "load", layer, shares[w], step, slot) for w in workers])
-        committed, committed_at, started_at, first = step, time.monotonic(), time.monotonic(), step
-        while step < self.plan.steps:
-            borders = []
-            if len(shares) > 1:
-                reaches = [[None if v == w else shares[v].region for v in workers] for w in workers]
-                borders = [self.workers.ask(w, "border", reaches[w]) for w in workers]
-            reached = self._gather([self.workers.ask(w, "advance", w, *borders) for w in workers], halting=True)
-            advanced, step = min(reached) > step, min(reached)
-            per_step = (time.monotonic() - started_at) / max(step - first, 1)
-            due = time.monotonic() - committed_at >= self._commit_interval_s(per_step)
-            stopping = self.stopping()
-            if step > committed and (due or stopping or step == self.plan.steps):
-                slot = self._commit(layer, shares, slot, step)
-                committed, committed_at = step, time.monotonic()
-            if advanced:
-                self.listener(UnitsDone("sample", len(self.plan.canvas.blocks)))
-            if stopping and step < self.plan.steps:
-                self._stop_if_asked()
-        self._gather([self.workers.ask(w, "unload") for w in workers])
-
-    def _commit_interval_s(self, step_s: float) -> float:
-        """As often as asked for, but if what the commits write would take the run beyond twice the size of its output,
-        less often; yet never more than ten minutes apart."""
-        wanted = self.plan.config.run.commit_seconds
-        if wanted == 0:
-            return 0.0
-        spread = step_s * self.plan.steps / self.plan.n_affordable_commits
-        return max(wanted, min(spread, LONGEST_COMMIT_INTERVAL_S))
-
-    def _commit(self, layer: int, shares: Sequence[Share], slot: str | None, step: int) -> str:
-        started = time.monotonic()
-        slot = sample.other_slot(slot)
-        self.store.unmark(f"sample/{layer}/{slot}")
-        written = self._gather([self.workers.ask(w, "commit", slot, step) for w in range(len(shares))])
-        self._seal(layer, slot, step, written, started)
-        return slot
-
-    def _stream_step(self, layer: int, rectangles: Sequence[Box], step: int, slot: str | None) -> str:
-        """One step of all shares, one after another, from one slot to the other."""
-        started, next_slot = time.monotonic(), sample.other_slot(slot)
-        self.store.unmark(f"sample/{layer}/{next_slot}")
-        folder = f"stream/{layer}/{step + 1}"
-        shares = {f"{folder}/{r.top}-{r.left}-{r.bottom}-{r.right}": share for r, share in
-                  zip(rectangles, streamed_shares(self.plan.canvas, rectangles), strict=True)}  # fmt: skip
-
-        def questions() -> Iterator[tuple[Callable[[int], Any], int]]:
-            for unit, share in shares.items():
-                if self.store.marker(unit) is None:
-                    question = self._question("stream", unit, layer, share, step, slot, next_slot)
-                    yield question, len(share.own)
-
-        self._fan_out("sample", questions())
-        self._stop_if_asked()  # a share may have been given up
-        self._seal(layer, next_slot, step + 1, [self.store.marker(unit) or {} for unit in shares], started)
-        self.store.unmark(folder)
-        return next_slot
-
-    def _seal(self, layer: int, slot: str, step: int, written: Sequence[dict[str, int]], started: float) -> None:
-        checksums = {block: value for share in written for block, value in share.items()}
-        self.store.mark(f"sample/{layer}/{slot}", {"step": step, "checksums": checksums})
-        self.listener(Committed(step, self.plan.steps, time.monotonic() - started))
+        Rounds(self.plan, self.store, self.supervisor, layer).run()
 
     # Overviews and export
 
     def _overviews(self) -> None:
         for level in range(1, self.plan.n_levels):
             done = self.store.finished(f"overviews/{level}")
-            todo = [index for index in overviews.level_blocks(self.plan, level) if index not in done]
-            self._fan_out("overviews", ((self._question("overview_block", level, index), 1) for index in todo))
+            todo = [index for index in self.plan.level_blocks(level) if index not in done]
+            stage = f"overviews/{level}"
+            tasks = (self._task(stage, index, "overview_block", level, index) for index in todo)
+            self.supervisor.fan_out("overviews", tasks)
 
     def _export(self) -> None:
-        export.export(self.plan, self.store, lambda n: self.listener(UnitsDone("export", n)), self.stopping)
+        supervisor = self.supervisor
+        export.export(self.plan, self.store, lambda n: self._tell(UnitsDone("export", n)), supervisor.stopping)
 
 
 def forget(store: RunStore, array: str, index: Index) -> None:

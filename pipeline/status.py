@@ -7,7 +7,7 @@ from pathlib import Path
 from pipeline.errors import UserError
 from pipeline.plan import Plan, read_plan
 from pipeline.raster.header import Frozen
-from pipeline.stages import decode, export, overviews
+from pipeline.stages import decode, export
 from pipeline.stages.sample import SLOTS
 from pipeline.store import RunStore
 
@@ -85,7 +85,7 @@ def stage_counts(plan: Plan, store: RunStore) -> dict[str, tuple[int, int]]:
         "decode": (sum(store.n_marked(f"decode/{layer}") for layer in layers), len(canvas.output_blocks) * len(layers)),
         "overviews": (
             sum(store.n_marked(f"overviews/{level}") for level in levels),
-            sum(len(overviews.level_blocks(plan, level)) for level in levels),
+            sum(len(plan.level_blocks(level)) for level in levels),
         ),
         "export": (export.done(plan, store), export.total(plan, store)),
     }

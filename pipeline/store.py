@@ -27,7 +27,7 @@ from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import LocalStore, MemoryStore, WrapperStore
 
-from pipeline.errors import Damaged, RunMismatch, WorkFailed
+from pipeline.errors import Damaged, RunMismatch, StoreFailed, WorkFailed
 from pipeline.grid import Blocks, Index
 from stablesr.box import Box
 
@@ -180,8 +180,8 @@ class RunStore:
         except OSError as error:
             raise self._failed(f"writing {what}", error) from error
 
-    def _failed(self, doing: str, error: OSError) -> WorkFailed:
-        return WorkFailed(
+    def _failed(self, doing: str, error: OSError) -> StoreFailed:
+        return StoreFailed(
             f"{doing} in {self.folder} failed: {error.strerror or error}\n"
             "hint: what is finished is kept; make room or mend the disk, and run the same command again"
         )
@@ -259,6 +259,38 @@ class RunStore:
         for pattern in ("*.partial", "*.tmp"):
             for path in self.folder.rglob(pattern):
                 path.unlink(missing_ok=True)
+
+
+class Committed:
+    """An array whose blocks are held against checksums when they are read: for what may have been written again, half
+    or by a process that was taken for dead."""
+
+    def __init__(self, store: RunStore, name: str, blocks: Blocks, checksums: Mapping[str, int]) -> None:
+        """
+        Args:
+            checksums: by block, "row-column".
+        """
+        self._store, self._name, self._blocks, self._checksums = store, name, blocks, checksums
+
+    def read(self, region: Box) -> NDArray[Any]:
+        """(bands, region.height, region.width).
+
+        Raises:
+            Damaged: if a block that touches the region is missing or is not what was written.
+        """
+        values: NDArray[Any] | None = None
+        for index in self._blocks.touching(region):
+            box = self._blocks.box(index)
+            block = self._store.read(self._name, box)
+            if checksum(block) != self._checksums[f"{index[0]}-{index[1]}"]:
+                raise Damaged(f"block {index} of {self._name} is not what was written", self._name, index)
+            part = box.overlap(region)
+            assert part is not None
+            if values is None:
+                values = np.empty((len(block), region.height, region.width), block.dtype)
+            values[(slice(None), *part.within(region))] = block[(slice(None), *part.within(box))]
+        assert values is not None
+        return values
 
 
 def _pixel_codecs(dtype: str) -> list[BloscCodec | Crc32cCodec | ZstdCodec]:

@@ -11,7 +11,6 @@ from pipeline.events import Listener, Notice, StageFinished, StageStarted, Units
 from pipeline.grid import Blocks, Index
 from pipeline.plan import Plan, read_plan
 from pipeline.run import forget
-from pipeline.stages.overviews import level_blocks
 from pipeline.stages.sample import SLOTS, other_slot
 from pipeline.status import newest_slot
 from pipeline.store import RunStore, unit_name
@@ -71,7 +70,7 @@ def _written(plan: Plan, store: RunStore) -> Iterator[_Written]:
     stages = [("ingest", canvas.source_blocks)]
     stages += [(f"encode/{layer}", canvas.blocks) for layer in layers]
     stages += [(f"decode/{layer}", canvas.output_blocks) for layer in layers]
-    stages += [(f"overviews/{level}", level_blocks(plan, level)) for level in range(1, plan.n_levels)]
+    stages += [(f"overviews/{level}", plan.level_blocks(level)) for level in range(1, plan.n_levels)]
     for stage, blocks in stages:
         for index, marker in store.markers(stage):
             for array, checksum in marker["checksums"].items():

@@ -5,11 +5,17 @@ that what is large goes from worker to worker and the driver holds no pixels.
 """
 
 import ctypes
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+import itertools
+import platform
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
+from pipeline.events import Event, WorkerJoined, WorkerLeft
 from pipeline.grid import Index, Share
 from pipeline.plan import Plan
 from pipeline.raster.source import Source, open_source
@@ -19,29 +25,144 @@ from pipeline.stages.sample import Sampler, Travelling
 from pipeline.store import RunStore, unit_name
 from stablesr.box import Box
 
+HOLD_TIMEOUT_S = 60.0
+"""A driver that has asked for a halt and says no more is dead."""
+
+
+TIMES_LONGER = 20.0
+"""Than ever before, and a worker is taken to hang."""
+
+TIMES_LONGER_AT_FIRST = 10.0
+"""Than `run.hang_seconds`, where nothing is known: GPUs compile and tune what they do for the first time."""
+
+
+def deadline_s(hang_seconds: float, longest_s: float | None) -> float:
+    """How long a worker may get nowhere.
+
+    Args:
+        hang_seconds: what is always allowed.
+        longest_s: the longest that it took so far to get on with what it is doing; None if it is the first time.
+    """
+    if longest_s is None:
+        return TIMES_LONGER_AT_FIRST * hang_seconds
+    return max(hang_seconds, TIMES_LONGER * longest_s)
+
+
+@dataclass(frozen=True)
+class Pulse:
+    """What a worker is doing, told by another of its threads."""
+
+    doing: str | None
+    """The method; None if it has nothing to do."""
+    still_s: float
+    """Since it last got on: began, or finished a tile."""
+    longest_s: float | None
+    """Of such times with this method so far; None if there was none."""
+    step: int
+    """Diffusion steps done."""
+
+
+class Advanced(NamedTuple):
+    """What a worker tells of a diffusion step."""
+
+    step: int
+    """Diffusion steps done: no more than before if the step was given up."""
+    tiles: int
+    """That it predicted."""
+    predicting_s: float
+    """Spent on that, without waiting for others."""
+    sent_bytes: int
+    """Of predictions, to the neighbours."""
+
+
+class Brake:
+    """What another thread tells a worker that takes diffusion steps: wait, go on, go no further than to a step."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._waiting = False
+        self._goal: int | None = None
+
+    def hold(self) -> None:
+        with self._changed:
+            self._waiting = True
+
+    def release(self, goal: int | None = None) -> None:
+        with self._changed:
+            self._waiting, self._goal = False, goal
+            self._changed.notify_all()
+
+    def beyond(self, step: int) -> bool:
+        """Whether another step, after so many, would go too far; waits while that is being found out."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._waiting, HOLD_TIMEOUT_S)
+            return self._goal is not None and step >= self._goal
+
 
 class Worker:
     """One process with one device and one copy of the network."""
 
-    def __init__(self, plan: Plan, folder: Path) -> None:
+    def __init__(self, plan: Plan, folder: Path, stopping: Callable[[], bool] = lambda: False) -> None:
+        """
+        Args:
+            stopping: asked between tiles: whether to give up the diffusion step.
+        """
         self.context = Context(plan, RunStore(folder))
+        self._stopping = stopping
         self._source: Source | None = None
         self._sampler: Sampler | None = None
-        self._halted = False
-        self.stopping: Callable[[], bool] = lambda: self._halted
-        """Asked between tiles: whether to give up the step."""
+        self._failure: Exception | None = None
+        """What was raised in the step that is being taken."""
+        self._told = Advanced(-1, 0, 0.0, 0)
+        """Of the step that is being taken, so far; `step` is the steps before it."""
+        self._brake = Brake()
+        self._doing: str | None = None
+        self._since = time.monotonic()
+        self._longest: dict[str, float] = {}
 
-    def ready(self) -> str:
-        """Load the network; its device."""
-        return str(self.context.network.device)
+    def do(self, method: str, *args: Any) -> Any:
+        """What all work comes in through."""
+        self._doing, self._since = method, time.monotonic()
+        try:
+            return getattr(self, method)(*args)
+        finally:
+            self._got_on()
+            self._doing = None
 
-    def halt(self) -> None:
-        """Give up the step that is being taken; comes in from another thread."""
-        self._halted = True
+    def do_only(self, method: str, *args: Any) -> Any:
+        """The one thing of which an answer consists."""
+        (only,) = self.do(method, *args)
+        return only
+
+    def _got_on(self) -> None:
+        now, doing = time.monotonic(), self._doing
+        if doing is not None:
+            self._longest[doing] = max(self._longest.get(doing, 0.0), now - self._since)
+        self._since = now
+
+    def ready(self) -> tuple[str, str]:
+        """Load the network; its device, and the name of the machine."""
+        return str(self.context.network.device), platform.node()
 
     def written(self) -> int:
         """Bytes written to the store."""
         return self.context.store.written
+
+    # From other threads
+
+    def pulse(self) -> Pulse:
+        doing, sampler = self._doing, self._sampler
+        still, longest = time.monotonic() - self._since, self._longest.get(doing or "")
+        return Pulse(doing, still if doing else 0.0, longest, sampler.step if sampler else 0)
+
+    def hold(self) -> int:
+        """Finish the diffusion step that is being taken, begin no other, and wait for `release`; the steps done."""
+        self._brake.hold()
+        return self.pulse().step
+
+    def release(self, goal: int) -> None:
+        """Go on to a step, and no further; a step beyond it that is being taken is given up."""
+        self._brake.release(goal)
 
     # Blocks and patches. What makes a block marks it as done, after its data.
 
@@ -85,26 +206,73 @@ class Worker:
     # Sampling: a share that stays, and shares that are streamed
 
     def load(self, layer: int, share: Share, step: int, slot: str | None) -> None:
-        self._halted = False
+        self._brake.release()
+        self._sampler = self._failure = None  # the memory of the one before is needed
+        self._told = Advanced(-1, 0, 0.0, 0)
         self._sampler = Sampler(self.context, layer, share, step, slot)
 
-    def border(self, reaches: Sequence[Box | None]) -> list[list[Travelling]]:
-        assert self._sampler is not None
-        return self._sampler.border(reaches)
-
-    def advance(self, me: int, *borders: list[list[Travelling]]) -> int:
-        """Take one step.
+    def border(self, step: int, reaches: Sequence[Box]) -> Sequence[list[Travelling] | None]:
+        """Predict the tiles that the neighbours need.
 
         Args:
-            me: which of the reaches that the others were given is ours.
-            borders: what the other workers' `border` gave.
+            step: the steps done before this one.
 
         Returns:
-            Diffusion steps done: no more than before if the step was given up.
+            What goes to each neighbour; None if the step is not to be taken.
         """
-        assert self._sampler is not None
-        self._sampler.advance([travelling for border in borders for travelling in border[me]], self.stopping)
-        return self._sampler.step
+        with self._taking(step) as sampler:
+            if sampler is not None:
+                bundles = sampler.border(reaches)
+                n_bytes = sum(travelling.values.nbytes for bundle in bundles for travelling in bundle)
+                self._told = self._told._replace(sent_bytes=n_bytes)
+                return bundles
+        return [None] * len(reaches)
+
+    def interior(self, step: int) -> None:
+        """Predict the other tiles, while those of the border travel."""
+        with self._taking(step) as sampler:
+            if sampler is not None and not sampler.interior(lambda: self._gives_up(step)):
+                sampler.give_up()
+
+    def advance(self, step: int, *received: Sequence[Travelling] | None) -> Advanced:
+        """Take the step, with what the neighbours' `border` gave.
+
+        Raises:
+            Exception: what `border` or `interior` raised.
+        """
+        if self._failure is not None:
+            raise self._failure
+        sampler = self._sampler
+        assert sampler is not None
+        bundles = [bundle for bundle in received if bundle is not None]
+        if len(bundles) < len(received) or self._brake.beyond(step):
+            sampler.give_up()
+        if sampler.step == step and sampler.is_prepared:
+            sampler.advance([travelling for bundle in bundles for travelling in bundle])
+        return self._told._replace(step=sampler.step)
+
+    @contextmanager
+    def _taking(self, step: int) -> Iterator[Sampler | None]:
+        """A part of a step: the sampler, unless the step is not to be taken. What is raised is kept for the end of the
+        step: there it reaches the driver from the worker that it is about."""
+        sampler = self._sampler
+        assert sampler is not None
+        if self._failure is not None or sampler.step != step or self._gives_up(step):
+            yield None
+            return
+        if self._told.step != step:
+            self._told = Advanced(step, 0, 0.0, 0)
+        started = time.monotonic()
+        try:
+            yield sampler
+        except Exception as error:
+            self._failure = error
+        tiles, seconds = self._told.tiles + sampler.n_predicted, self._told.predicting_s + time.monotonic() - started
+        self._told = self._told._replace(tiles=tiles, predicting_s=seconds)
+
+    def _gives_up(self, step: int) -> bool:
+        self._got_on()
+        return self._stopping() or self._brake.beyond(step)
 
     def commit(self, slot: str, step: int) -> dict[str, int]:
         assert self._sampler is not None
@@ -118,18 +286,28 @@ class Worker:
         """Load a share, take one step, write it back and mark that; no mark if the step was given up."""
         self.load(layer, share, step, slot)
         assert self._sampler is not None
-        if self._sampler.advance((), self.stopping):
+        if self._sampler.interior(lambda: self._gives_up(step)):
+            self._sampler.advance()
             self._mark(unit, self._sampler.commit(next_slot, step + 1))
         self.unload()
 
 
 class Workers(Protocol):
-    """Workers that answer with handles."""
+    """Workers that answer with handles. They may come and go."""
 
-    def __len__(self) -> int: ...
+    steps_ahead: int
+    """Diffusion steps that are asked for before the first of them is over, so that no worker waits for the driver."""
+    spills: bool
+    """Whether handles of more than fits into memory may be kept."""
+
+    def live(self) -> list[int]:
+        """The numbers of those that can be asked, in order. No number is used twice."""
 
     def ask(self, worker: int, method: str, *args: Any) -> Any:
         """Have a worker do something after what it was asked before; a handle of what comes of it."""
+
+    def ask_for(self, n: int, worker: int, method: str, *args: Any) -> list[Any]:
+        """The same, where something of `n` parts comes of it; a handle of each."""
 
     def wait(self, handles: Sequence[Any], timeout_s: float) -> list[int]:
         """Which of some handles are done, as soon as one is, or none after a while."""
@@ -138,38 +316,89 @@ class Workers(Protocol):
         """What became of a question.
 
         Raises:
+            WorkerLost: if nothing can become of it any more.
             Exception: what the worker raised.
         """
 
+    def watch(self) -> list[Event]:
+        """Look after the workers: who died, who hangs, who is new; to be called often. What has happened."""
+
+    def discard(self, worker: int, why: str) -> None:
+        """End a worker that cannot be trusted; another may take its place."""
+
     def halt(self) -> None:
-        """Have all workers give up the steps that they are taking."""
+        """Have all workers give up the diffusion steps that they are taking, but such that all of them have been where
+        the last one stops: at the step it has done, or the one before."""
+
+    def give_up(self) -> None:
+        """Have all workers give up the diffusion steps that they are taking, wherever they are."""
 
     def close(self) -> None:
         """End the workers."""
 
 
+class _Answer(NamedTuple):
+    value: Any = None
+    error: Exception | None = None
+
+
 class LocalWorkers:
-    """The reference: every worker in this process; a handle is the value itself."""
+    """The reference: every worker in this process, which does at once what it is asked."""
+
+    steps_ahead = 1
+    spills = False
 
     def __init__(self, plan: Plan, folder: Path, n: int = 1, stopping: Callable[[], bool] = lambda: False) -> None:
-        self._workers = [Worker(plan, folder) for _ in range(n)]
-        for worker in self._workers:
-            worker.stopping = stopping
+        self._make = lambda: Worker(plan, folder, stopping)
+        self._workers: dict[int, Worker] = {}
+        self._numbers = itertools.count()
+        self._events: list[Event] = []
+        for _ in range(n):
+            self._start()
 
-    def __len__(self) -> int:
-        return len(self._workers)
+    def _start(self) -> None:
+        number = next(self._numbers)
+        self._workers[number] = self._make()
+        self._events.append(WorkerJoined(number, *self._workers[number].ready()))
+
+    def live(self) -> list[int]:
+        return [*self._workers]
 
     def ask(self, worker: int, method: str, *args: Any) -> Any:
-        return getattr(self._workers[worker], method)(*args)
+        try:
+            return _Answer(self._workers[worker].do(method, *map(self._value, args)))
+        except Exception as error:
+            return _Answer(error=error)
+
+    def ask_for(self, n: int, worker: int, method: str, *args: Any) -> list[Any]:
+        value, error = self.ask(worker, method, *args)
+        return [_Answer(error=error)] * n if error else [_Answer(part) for part in value]
+
+    def _value(self, argument: Any) -> Any:
+        return self.get(argument) if isinstance(argument, _Answer) else argument
 
     def wait(self, handles: Sequence[Any], timeout_s: float) -> list[int]:
         return [*range(len(handles))]
 
     def get(self, handle: Any) -> Any:
-        return handle
+        if handle.error is not None:
+            raise handle.error
+        return handle.value
+
+    def watch(self) -> list[Event]:
+        events, self._events = self._events, []
+        return events
+
+    def discard(self, worker: int, why: str) -> None:
+        del self._workers[worker]
+        self._events.append(WorkerLeft(worker, why))
+        self._start()
 
     def halt(self) -> None:
         """Nothing runs while this process can call."""
 
+    def give_up(self) -> None:
+        """Nothing runs while this process can call."""
+
     def close(self) -> None:
-        self._workers = []
+        self._workers = {}

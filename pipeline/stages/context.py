@@ -1,5 +1,7 @@
 """What a worker has at hand in every stage, and the pictures it makes of the stored source."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -9,11 +11,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.errors import WorkFailed
 from pipeline.grid import Blocks, Canvas, Index, reflected
 from pipeline.network import ENLARGE_REACH, Network, open_network, prepare_prompt
 from pipeline.plan import Plan
 from pipeline.raster.radiometry import Stretch
-from pipeline.store import CHUNK, RunStore
+from pipeline.store import CHUNK, Committed, RunStore
 from stablesr.box import Box
 from stablesr.color import ChannelStatistics
 from stablesr.samplers import Step, ddim_steps, ddpm_steps
@@ -52,8 +55,14 @@ class Context:
     store: RunStore
     layer_statistics: dict[int, tuple[ChannelStatistics, ChannelStatistics]] = field(default_factory=dict)
     """Of the decoded layer and the enlarged source, where AdaIN has asked for them."""
+    batch: int = 0
+    """Tiles that go through the network at once; fewer than asked for, once memory has run out."""
+    _committed: tuple[tuple[int, str, int], Committed] | None = None
     _held: dict[tuple[int, Index], NDArray[Any]] = field(default_factory=dict)
     """Chunks of the stored source, the one that was asked for last at the end."""
+
+    def __post_init__(self) -> None:
+        self.batch = self.batch or self.plan.config.sampling.batch
 
     @cached_property
     def canvas(self) -> Canvas:
@@ -78,6 +87,47 @@ class Context:
         payload = self.store.marker("stretch")
         assert payload is not None  # the driver fixes it before it asks for anything that needs it
         return Stretch.model_validate(payload)
+
+    def committed(self, layer: int, slot: str, step: int) -> Committed:
+        """x_t as it was committed, each block held against its checksum."""
+        key = layer, slot, step
+        if self._committed is None or self._committed[0] != key:
+            marker = self.store.marker(f"sample/{layer}/{slot}")
+            if marker is None or marker["step"] != step:
+                raise WorkFailed(f"step {step} of layer {layer} is not in slot {slot} of {self.store.folder} any more")
+            stored = Committed(self.store, f"latents/{layer}/{slot}", self.canvas.blocks, marker["checksums"])
+            self._committed = key, stored
+        return self._committed[1]
+
+    def halve_batch(self, error: torch.OutOfMemoryError) -> None:
+        """Memory has run out with so many tiles at once.
+
+        Raises:
+            WorkFailed: if there was only one.
+        """
+        if self.batch == 1:
+            raise WorkFailed(
+                f"{self.network.device} has too little memory for one tile of {self.canvas.tile} x {self.canvas.tile} "
+                f"latents: {error}\nhint: --precision bfloat16 takes half of float32; end what else uses the device"
+            ) from error
+        self.batch //= 2
+        torch.cuda.empty_cache()
+
+    @contextmanager
+    def patch_in_memory(self) -> Iterator[None]:
+        """A patch goes through the network alone: there is no smaller batch to try.
+
+        Raises:
+            WorkFailed: if memory runs out.
+        """
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            side = self.canvas.patches.tile_height
+            raise WorkFailed(
+                f"{self.network.device} has too little memory for a patch of {side} x {side} latents: {error}\n"
+                f"hint: --patch {max(side // 2, 8)} takes a quarter; it makes another run, though, from its beginning"
+            ) from error
 
     def samples(self, layer: int, pixels: Box) -> Samples:
         """What lies under a part of the canvas."""

@@ -57,8 +57,9 @@ def decode_patch(context: Context, layer: int, slot: str, patch: Box) -> NDArray
     image = context.picture(layer, pixels)
     if context.is_empty(layer, pixels):
         return image[:n_bands].cpu().numpy()
-    latent = torch.from_numpy(context.store.read(f"latents/{layer}/{slot}", patch))
-    decoded = context.network.decode(latent[None], image[None], context.plan.config.sampling.cfw)
+    latent = torch.from_numpy(context.committed(layer, slot, context.plan.steps).read(patch))
+    with context.patch_in_memory():
+        decoded = context.network.decode(latent[None], image[None], context.plan.config.sampling.cfw)
     return _bands(decoded[0].float(), n_bands).cpu().numpy()
 
 

@@ -16,6 +16,9 @@ from stablesr.autoencoder import Posterior
 from stablesr.box import Box
 from stablesr.noise import POSTERIOR, noise
 
+TILES = "tiles"
+"""In a block's marker, where there are holes: how many of the tiles at home in it have something to see."""
+
 
 def create_arrays(plan: Plan, store: RunStore) -> None:
     """Arrays that this stage writes."""
@@ -49,7 +52,8 @@ def encode_patch(context: Context, layer: int, patch: Box) -> NDArray[np.float32
     pixels = patch.scaled(context.canvas.factor)
     if context.is_empty(layer, pixels):
         return np.zeros((channels * (1 + sampled), patch.height, patch.width), dtype=np.float32)
-    posterior = context.network.encode(context.picture(layer, pixels)[None])
+    with context.patch_in_memory():
+        posterior = context.network.encode(context.picture(layer, pixels)[None])
     return (torch.cat([*posterior], dim=1) if sampled else posterior.mean)[0].float().cpu().numpy()
 
 
@@ -66,4 +70,8 @@ def encode_block(context: Context, layer: int, index: Index, *encoded: NDArray[n
         latent = Posterior(latent, moments[plan.latent_channels :]).sample(fresh)
     name = f"lr_latents/{layer}"
     scaled = context.network.config.diffusion.latent_scale * latent
-    return {"checksums": {name: context.store.write(name, blocks, index, scaled.numpy())}}
+    payload: dict[str, Any] = {"checksums": {name: context.store.write(name, blocks, index, scaled.numpy())}}
+    if plan.header.validity != "all":
+        payload[TILES] = sum(not context.is_empty(layer, tile.scaled(context.canvas.factor))
+                             for tile in context.canvas.at_home(index))  # fmt: skip
+    return payload

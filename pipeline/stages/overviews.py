@@ -5,23 +5,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.grid import Blocks, Index
+from pipeline.grid import Index
 from pipeline.plan import Plan
 from pipeline.raster.overviews import halve
 from pipeline.store import CHUNK, RunStore
 from stablesr.box import Box
 
 
-def level_blocks(plan: Plan, level: int) -> Blocks:
-    """The blocks of a level of the pyramid; 0 is the target itself."""
-    blocks = plan.canvas.output_blocks
-    return Blocks(-(-blocks.height // 2**level), -(-blocks.width // 2**level), blocks.side)
-
-
 def create_arrays(plan: Plan, store: RunStore) -> None:
     """Arrays that this stage writes."""
     for level in range(1, plan.n_levels):
-        blocks = level_blocks(plan, level)
+        blocks = plan.level_blocks(level)
         store.create(f"overviews/{level}", "pixels", plan.target.count, blocks, plan.header.dtype)
         if plan.header.validity == "mask":
             store.create(f"overview_masks/{level}", "pixels", 1, blocks, "uint8")
@@ -32,7 +26,7 @@ class StoredLevel:
 
     def __init__(self, plan: Plan, store: RunStore, level: int) -> None:
         self.plan, self.store, self.level = plan, store, level
-        blocks = level_blocks(plan, level)
+        blocks = plan.level_blocks(level)
         self.height, self.width = blocks.height, blocks.width
 
     def read(self, box: Box) -> NDArray[Any]:
@@ -60,7 +54,7 @@ class StoredLevel:
 
 def overview_block(plan: Plan, store: RunStore, level: int, index: Index) -> dict[str, Any]:
     """Compute one block of a level from the level below."""
-    blocks, finer, header = level_blocks(plan, level), StoredLevel(plan, store, level - 1), plan.target
+    blocks, finer, header = plan.level_blocks(level), StoredLevel(plan, store, level - 1), plan.target
     box = blocks.box(index)
     pixels = np.empty((header.count, box.height, box.width), dtype=header.dtype)
     masked = header.validity == "mask"

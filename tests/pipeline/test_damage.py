@@ -18,7 +18,6 @@ from pipeline.grid import Blocks, Index
 from pipeline.network import Nearest
 from pipeline.plan import Plan, make_plan, read_plan
 from pipeline.run import REPAIRS, run
-from pipeline.stages.overviews import level_blocks
 from pipeline.status import newest_slot
 from pipeline.store import RunStore
 from pipeline.verify import verify_run
@@ -218,7 +217,7 @@ def half_streamed(wilful: None, source: Path, tmp_path: Path) -> Callable[[int],
         more = {"grid": {"block": 64}, "sampling": {"steps": 3, "patch": 64, "overlap": 8}, "run": {"memory": STREAMED}}
         expected = run(rehearsal(source, tmp_path / "undisturbed.tif", **more)).read_bytes()
         config = rehearsal(source, tmp_path / "target.tif", **more)
-        n_shares = len(make_plan(config).rectangles(1)[0])
+        n_shares = len(make_plan(config).rectangles([1.0])[0])
         assert n_shares > 2
         with pytest.raises(Death):
             run(config, DyingAtUnit("sample", steps * n_shares + 2))
@@ -329,6 +328,7 @@ def test_a_full_disk_is_one_error_and_the_run_goes_on_when_there_is_room(
     config: Config, undisturbed: bytes, monkeypatch: pytest.MonkeyPatch, nth: int
 ) -> None:
     replace, n = Path.replace, 0
+    config = config.model_copy(update={"run": config.run.model_copy(update={"patience_seconds": 0.0})})
 
     def full(path: Path, target: Any) -> Any:  # of Zarr, which gives every chunk its name so
         nonlocal n
@@ -404,7 +404,7 @@ def test_verifying_finds_every_damaged_block_names_it_and_takes_it_back(
     checked = sum(event.n for event in listening.events if isinstance(event, UnitsDone))
     blocks = plan_of(config).canvas.blocks
     # source and mask; lr_latents and latents; output; overviews and their masks
-    assert started.total == checked == 2 + 2 * len(blocks) + 9 + 2 * len(level_blocks(plan_of(config), 1))
+    assert started.total == checked == 2 + 2 * len(blocks) + 9 + 2 * len(plan_of(config).level_blocks(1))
 
     for number, array in enumerate(READ_BY):
         (flip if number % 2 else Path.unlink)(file_of(config, array))

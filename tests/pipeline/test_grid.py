@@ -8,16 +8,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from pipeline.grid import (
-    Blocks,
-    Canvas,
-    bounding,
-    own_box,
-    reflected,
-    resident_shares,
-    split,
-    streamed_shares,
-)
+from pipeline.grid import Blocks, Canvas, Loads, Share, around, neighbours, own_box, reflected, share_out
 from stablesr.box import Box
 from stablesr.resize import reflect_to
 from tests.strategies import boxes
@@ -45,7 +36,8 @@ def canvases(draw: st.DrawFn, longest: int = 60) -> Canvas:
 def shared_out(draw: st.DrawFn) -> tuple[Canvas, list[Box]]:
     """A canvas, and its block grid cut for some workers."""
     canvas = draw(canvases())
-    return canvas, split(canvas.blocks.rows, canvas.blocks.columns, draw(st.integers(1, 6)))
+    n_workers = draw(st.integers(1, min(6, len(canvas.blocks))))
+    return canvas, share_out(Loads.of_tiles(canvas), [1.0] * n_workers)
 
 
 # Blocks
@@ -166,71 +158,160 @@ def test_behind_a_part_of_the_canvas_lie_just_the_source_pixels_that_it_shows(da
     ("rows", "columns", "parts", "rectangles"),
     [
         pytest.param(2, 3, 1, [Box(0, 0, 2, 3)], id="one"),
-        pytest.param(2, 3, 2, [Box(0, 0, 2, 2), Box(0, 2, 2, 3)], id="across-the-longer-side"),
-        pytest.param(1, 2, 5, [Box(0, 0, 1, 1), Box(0, 1, 1, 2)], id="fewer-blocks-than-parts"),
+        pytest.param(2, 4, 2, [Box(0, 0, 2, 2), Box(0, 2, 2, 4)], id="across-the-longer-side"),
+        pytest.param(2, 3, 2, [Box(0, 0, 1, 3), Box(1, 0, 2, 3)], id="across-the-shorter-side-where-that-is-fairer"),
         pytest.param(
             2,
             3,
             6,
             [Box(r, c, r + 1, c + 1) for r, c in ((0, 0), (0, 1), (1, 0), (1, 1), (0, 2), (1, 2))],
-            id="a-half-with-too-few-blocks-for-its-parts",
+            id="a-block-each",
         ),
-        pytest.param(4, 1, 3, [Box(0, 0, 1, 1), Box(1, 0, 3, 1), Box(3, 0, 4, 1)], id="thirds"),
+        pytest.param(
+            1, 3, 3, [Box(0, 0, 1, 1), Box(0, 1, 1, 2), Box(0, 2, 1, 3)], id="a-half-with-too-few-blocks-for-its-parts"
+        ),
+        pytest.param(4, 1, 3, [Box(0, 0, 2, 1), Box(2, 0, 3, 1), Box(3, 0, 4, 1)], id="thirds"),
     ],
 )
-def test_split(rows: int, columns: int, parts: int, rectangles: list[Box]) -> None:
-    assert split(rows, columns, parts) == rectangles
+def test_blocks_with_as_much_to_do_are_shared_out_evenly(
+    rows: int, columns: int, parts: int, rectangles: list[Box]
+) -> None:
+    assert share_out(Loads.even(rows, columns), [1.0] * parts) == rectangles
 
 
-@given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 40))
-def test_a_split_is_a_partition_into_as_many_parts_as_there_are_blocks_for(rows: int, columns: int, parts: int) -> None:
-    rectangles = split(rows, columns, parts)
-    assert len(rectangles) == min(parts, rows * columns)
-    covered = np.zeros((rows, columns), int)
+def test_who_is_twice_as_fast_gets_twice_as_much() -> None:
+    assert share_out(Loads.even(1, 9), [2.0, 1.0]) == [Box(0, 0, 1, 6), Box(0, 6, 1, 9)]
+    assert share_out(Loads.even(1, 9), [1.0, 2.0]) == [Box(0, 0, 1, 3), Box(0, 3, 1, 9)]
+
+
+def test_blocks_with_nothing_to_do_cost_nothing() -> None:
+    loads = Loads([[0.0, 0.0, 0.0, 4.0], [0.0, 0.0, 0.0, 4.0]])
+    assert share_out(loads, [1.0, 1.0]) == [Box(0, 0, 1, 4), Box(1, 0, 2, 4)]
+
+
+numbers = st.floats(0.1, 10)
+
+
+@st.composite
+def uneven(draw: st.DrawFn) -> tuple[list[list[float]], list[float]]:
+    """Something to do in each block, and workers of different speeds; no more of them than blocks."""
+    rows, columns = draw(st.integers(1, 9)), draw(st.integers(1, 9))
+    cells = st.lists(st.integers(0, 20).map(float), min_size=columns, max_size=columns)
+    loads = draw(st.lists(cells, min_size=rows, max_size=rows))
+    return loads, draw(st.lists(numbers, min_size=1, max_size=min(rows * columns, 20)))
+
+
+@given(uneven())
+def test_a_partition_with_a_rectangle_for_each_worker(drawn: tuple[list[list[float]], list[float]]) -> None:
+    cells, speeds = drawn
+    rectangles = share_out(Loads(cells), speeds)
+    assert len(rectangles) == len(speeds)
+    covered = np.zeros((len(cells), len(cells[0])), int)
     for rectangle in rectangles:
-        covered[rectangle.within(Box(0, 0, rows, columns))] += 1
+        covered[rectangle.within(Box(0, 0, *covered.shape))] += 1
     assert (covered == 1).all()
 
 
+@given(uneven(), st.data())
+def test_the_load_of_a_rectangle_is_the_sum_of_its_blocks(
+    drawn: tuple[list[list[float]], list[float]], data: st.DataObject
+) -> None:
+    cells, _ = drawn
+    box = data.draw(boxes(Box(0, 0, len(cells), len(cells[0]))))
+    assert Loads(cells).of(box) == np.array(cells)[box.within(Box(0, 0, len(cells), len(cells[0])))].sum()
+
+
 @given(st.integers(1, 64), st.integers(1, 64), st.integers(1, 16))
-def test_parts_are_about_equal(rows: int, columns: int, parts: int) -> None:
-    """Where there are blocks enough; a block more or less for each halving."""
+def test_shares_are_about_equal(rows: int, columns: int, parts: int) -> None:
+    """Where there are blocks enough."""
     assume(rows * columns >= 64 * parts)
-    sizes = [r.height * r.width for r in split(rows, columns, parts)]
-    assert max(sizes) <= 2.5 * rows * columns / parts
+    sizes = [r.height * r.width for r in share_out(Loads.even(rows, columns), [1.0] * parts)]
+    assert max(sizes) <= 1.5 * rows * columns / parts
+
+
+def test_the_tiles_of_a_block_are_those_with_their_centre_in_it() -> None:
+    canvas = Canvas(718, 791, scale=4, factor=8, tile=64, overlap=32, patch=128, block=256)
+    assert len(canvas.at_home((0, 0))) == 7 * 7  # centres at 32, 64 ... 224
+    loads = Loads.of_tiles(canvas)
+    assert loads.of(Box(0, 0, 1, 1)) == 49
+    assert loads.of(Box(0, 0, 2, 2)) == len(canvas.tiles)
+
+
+def bounding(boxes: list[Box]) -> Box:
+    return Box(
+        min(b.top for b in boxes), min(b.left for b in boxes), max(b.bottom for b in boxes), max(b.right for b in boxes)
+    )
+
+
+def shares_of(drawn: tuple[Canvas, list[Box]], streamed: bool = False) -> list[Share]:
+    canvas, rectangles = drawn
+    return [Share(canvas, rectangle, streamed) for rectangle in rectangles]
 
 
 @given(shared_out())
-def test_resident_shares_have_every_block_and_every_tile_once(drawn: tuple[Canvas, list[Box]]) -> None:
-    canvas, rectangles = drawn
-    shares = resident_shares(canvas, rectangles)
+def test_shares_have_every_block_and_every_tile_once(drawn: tuple[Canvas, list[Box]]) -> None:
+    canvas, shares = drawn[0], shares_of(drawn)
     assert Counter(index for share in shares for index in share.own) == Counter([*canvas.blocks])
     assert Counter(tile for share in shares for tile in share.tiles) == Counter([*canvas.tiles])
-    for share, rectangle in zip(shares, rectangles, strict=True):
-        assert share.region == share.frame
-        assert [*share.tiles] == [tile for tile in canvas.tiles if tile in share.tiles]  # in tile order
-        own = own_box(canvas, rectangle)
-        assert bounding([canvas.blocks.box(index) for index in share.own]) == own
-        assert all(inner.overlap(share.frame) == inner for inner in (own, *share.tiles))
-
-
-@given(shared_out())
-def test_a_resident_share_gets_all_tiles_over_its_region_from_somebody(drawn: tuple[Canvas, list[Box]]) -> None:
-    """What `Sampler.border` hands out is what touches the others' regions: no tile over a region may be lost."""
-    canvas, rectangles = drawn
-    shares = resident_shares(canvas, rectangles)
     for share in shares:
-        handed = {tile for other in shares for tile in other.tiles if other is share or tile.overlap(share.region)}
-        assert {*canvas.tiles.touching(share.region)} <= handed
+        own = own_box(canvas, share.rectangle)
+        assert share.tiles == [tile for tile in canvas.tiles if canvas.home(tile) in share.own]  # in tile order
+        assert share.n_tiles == len(share.tiles) == Loads.of_tiles(canvas).of(share.rectangle)
+        assert bounding([canvas.blocks.box(index) for index in share.own]) == own
+        assert share.region == share.frame == bounding([own, *share.tiles])
 
 
 @given(shared_out())
 def test_streamed_shares_cover_each_block_once_and_predict_all_that_touches_it(drawn: tuple[Canvas, list[Box]]) -> None:
-    canvas, rectangles = drawn
-    shares = [*streamed_shares(canvas, rectangles)]
+    canvas, shares = drawn[0], shares_of(drawn, streamed=True)
     assert Counter(index for share in shares for index in share.own) == Counter([*canvas.blocks])
     for share in shares:
         assert share.region == bounding([canvas.blocks.box(index) for index in share.own])
-        assert [*share.tiles] == [tile for tile in canvas.tiles if tile.overlap(share.region)]
-        assert share.frame == bounding(share.tiles)
-        assert share.region.overlap(share.frame) == share.region
+        assert share.tiles == [tile for tile in canvas.tiles if tile.overlap(share.region)]
+        assert share.frame == bounding([share.region, *share.tiles])
+        assert share.inner == share.region  # it waits for nobody
+
+
+@given(shared_out())
+def test_the_inner_part_is_all_that_no_tile_of_another_touches(drawn: tuple[Canvas, list[Box]]) -> None:
+    canvas = drawn[0]
+    for share in shares_of(drawn):
+        foreign = np.zeros((canvas.latents.height, canvas.latents.width), bool)
+        ours = {*share.tiles}
+        for tile in canvas.tiles:
+            if tile not in ours:
+                foreign[tile.within(canvas.latents)] = True
+        free = np.zeros_like(foreign)
+        free[share.region.within(canvas.latents)] = True
+        free &= ~foreign
+        inner = np.zeros_like(foreign)
+        if share.inner is not None:
+            inner[share.inner.within(canvas.latents)] = True
+        if share.tiles:
+            np.testing.assert_array_equal(inner, free)
+        else:
+            assert share.inner is None
+        covered = inner.astype(int)
+        for edge in around(share.region, share.inner):
+            covered[edge.within(canvas.latents)] += 1
+        whole = np.zeros_like(covered)
+        whole[share.region.within(canvas.latents)] = 1
+        np.testing.assert_array_equal(covered, whole)
+
+
+@given(shared_out())
+def test_neighbours_are_those_whose_regions_meet(drawn: tuple[Canvas, list[Box]]) -> None:
+    shares = shares_of(drawn)
+    expected = [
+        [k for k, other in enumerate(shares) if k != i and other.region.overlap(share.region)]
+        for i, share in enumerate(shares)
+    ]
+    assert neighbours(shares) == expected
+
+
+@given(shared_out())
+def test_a_share_gets_all_tiles_over_its_region_from_its_neighbours(drawn: tuple[Canvas, list[Box]]) -> None:
+    canvas, shares = drawn[0], shares_of(drawn)
+    for share, near in zip(shares, neighbours(shares), strict=True):
+        handed = {tile for k in near for tile in shares[k].tiles if tile.overlap(share.region)}
+        assert {*canvas.tiles.touching(share.region)} <= handed | {*share.tiles}

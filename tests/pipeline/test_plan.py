@@ -175,7 +175,7 @@ def test_the_rows_of_a_report(plan_of: Callable[..., Plan], scene: Path, tmp_pat
 def test_memory_decides_whether_latents_stay_in_the_workers(
     plan_of: Callable[..., Plan], memory: float, n_workers: int, n_parts: int, resident: bool
 ) -> None:
-    parts, stay = plan_of(run={"memory": memory}).rectangles(n_workers)
+    parts, stay = plan_of(run={"memory": memory}).rectangles([1.0] * n_workers)
     assert (len(parts), stay) == (n_parts, resident)
 
 

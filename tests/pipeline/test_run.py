@@ -174,11 +174,9 @@ class Work:
             mark(worker, unit, payload)
             self.units[unit] += 1
 
-        def counted_advance(sampler: Sampler, *args: Any) -> bool:
-            taken = advance(sampler, *args)
-            if taken:
-                self.units[f"step {sampler.step} of {sampler.layer} in {sampler.share.region}"] += 1
-            return taken
+        def counted_advance(sampler: Sampler, *args: Any) -> None:
+            advance(sampler, *args)
+            self.units[f"step {sampler.step} of {sampler.layer} in {sampler.share.region}"] += 1
 
         monkeypatch.setattr(Worker, "_mark", counted_mark)
         monkeypatch.setattr(Sampler, "advance", counted_advance)

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 
-from pipeline.errors import SourceError, WorkFailed
+from pipeline.errors import SourceError
 from pipeline.run import run
 from tests.pipeline.rasters import Listening, StopWhen, pattern, read_raster, rehearsal, repeated, write_raster
 
@@ -76,26 +75,6 @@ def test_an_error_of_a_worker_arrives_as_it_is(source: Path, tmp_path: Path) -> 
 
     with pytest.raises(SourceError, match="source.tif"):
         run(config, listener)
-
-
-def test_a_worker_that_dies_is_an_error_that_says_so_and_the_run_goes_on(source: Path, tmp_path: Path) -> None:
-    config = in_ray(source, tmp_path / "target.tif")
-    killed = []
-
-    class Killing(Listening):
-        def __call__(self, event: Any) -> None:
-            super().__call__(event)
-            if self.n_units == 60 and not killed:
-                killed.extend(p for p in psutil.Process().children(recursive=True) if "ray::Worker" in p.name())
-                for process in killed:
-                    process.send_signal(signal.SIGKILL)
-
-    with pytest.raises(WorkFailed, match=r"a worker died[\s\S]*same command"):
-        run(config, Killing())
-    assert len(killed) == 1
-    listening = Listening()
-    run(config, listening)
-    np.testing.assert_array_equal(read_raster(tmp_path / "target.tif"), repeated(read_raster(source), SCALE))
 
 
 def start(source: Path, target: Path, workers: str) -> subprocess.Popen[bytes]:

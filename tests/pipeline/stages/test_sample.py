@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.grid import Share, resident_shares, split, streamed_shares
+from pipeline.grid import Loads, Share, neighbours, share_out
 from pipeline.network import Nearest
 from pipeline.plan import make_plan
 from pipeline.raster.source import open_source
@@ -66,7 +66,7 @@ def context(network: Nearest, tmp_path: Path) -> Context:
 
 def shares_of(context: Context, n: int) -> list[Share]:
     blocks = context.canvas.blocks
-    return resident_shares(context.canvas, split(blocks.rows, blocks.columns, n))
+    return [Share(context.canvas, box) for box in share_out(Loads.even(blocks.rows, blocks.columns), [1.0] * n)]
 
 
 def stored(context: Context, slot: str) -> NDArray[Any]:
@@ -76,19 +76,28 @@ def stored(context: Context, slot: str) -> NDArray[Any]:
 def sampled_resident(context: Context, n: int, steps: int = 3, first: int = 0, slot: str | None = None) -> str:
     """Some steps of n samplers that exchange their borders, and a commit; the slot."""
     shares = shares_of(context, n)
+    near = neighbours(shares)
     samplers = [Sampler(context, 0, share, first, slot) for share in shares]
     for _ in range(first, steps):
-        borders = []
-        for me in range(n):
-            borders.append(samplers[me].border([None if k == me else share.region for k, share in enumerate(shares)]))
+        borders = [sampler.border([shares[k].region for k in near[me]]) for me, sampler in enumerate(samplers)]
         for me, sampler in enumerate(samplers):
-            received = [travelling for k in range(n) for travelling in borders[k][me] if k != me]
-            assert sampler.advance(received)
-    written: list[str] = []
+            assert sampler.interior()
+            sampler.advance([travelling for k in near[me] for travelling in borders[k][near[k].index(me)]])
+    written: dict[str, int] = {}
     for sampler in samplers:
-        written += sampler.commit(other_slot(slot), steps)
+        written |= sampler.commit(other_slot(slot), steps)
     assert sorted(written) == sorted(f"{row}-{column}" for row, column in context.canvas.blocks)
+    context.store.mark(f"sample/0/{other_slot(slot)}", {"step": steps, "checksums": written})
     return other_slot(slot)
+
+
+def take_step(sampler: Sampler, stopping: Callable[[], bool] = lambda: False) -> bool:
+    """Of somebody who has no neighbours."""
+    if prepared := sampler.interior(stopping):
+        sampler.advance()
+    else:
+        sampler.give_up()
+    return prepared
 
 
 # Shares leave no trace
@@ -106,11 +115,13 @@ def test_shares_that_are_streamed_give_the_same_latents_to_the_bit(context: Cont
     alone = stored(context, sampled_resident(context, 1))
     blocks, slot = context.canvas.blocks, None
     for step in range(3):
-        for share in streamed_shares(context.canvas, split(blocks.rows, blocks.columns, n)):
-            sampler = Sampler(context, 0, share, step, slot)
-            assert sampler.advance()
-            sampler.commit(other_slot(slot), step + 1)
+        written: dict[str, int] = {}
+        for box in share_out(Loads.even(blocks.rows, blocks.columns), [1.0] * n):
+            sampler = Sampler(context, 0, Share(context.canvas, box, streamed=True), step, slot)
+            assert take_step(sampler)
+            written |= sampler.commit(other_slot(slot), step + 1)
         slot = other_slot(slot)
+        context.store.mark(f"sample/0/{slot}", {"step": step + 1, "checksums": written})
     np.testing.assert_array_equal(stored(context, str(slot)), alone)
 
 
@@ -136,14 +147,13 @@ def test_the_start_is_that_of_the_whole_canvas(context: Context) -> None:
 def test_a_worker_is_handed_just_what_touches_its_region(context: Context) -> None:
     shares = shares_of(context, 2)
     left, right = (Sampler(context, 0, share, 0, None) for share in shares)
-    nothing, handed = left.border([None, shares[1].region])
-    assert nothing == []
+    (handed,) = left.border([shares[1].region])
     assert [t.tile for t in handed] == [tile for tile in shares[0].tiles if tile.overlap(shares[1].region)]
     for tile, part, values in handed:
         assert part == tile.overlap(shares[1].region)
         assert values.shape == (12, part.height, part.width)
         assert values.flags.c_contiguous  # it travels by itself, not as a view of a whole tile
-    assert [t.tile for t in right.border([shares[0].region, None])[0]]
+    assert [t.tile for t in right.border([shares[0].region])[0]]
 
 
 # A step is taken whole or not at all
@@ -160,14 +170,14 @@ def test_a_step_that_is_given_up_has_changed_nothing(context: Context, n_tiles: 
     (share,) = shares_of(context, 1)
     undisturbed = Sampler(context, 0, share, 0, None)
     sampler = Sampler(context, 0, share, 0, None)
-    undisturbed.advance()
-    sampler.advance()
+    take_step(undisturbed)
+    take_step(sampler)
     before = sampler.x.clone()
-    assert not sampler.advance(stopping=after(n_tiles))
+    assert not take_step(sampler, after(n_tiles))
     assert sampler.step == 1
     assert torch.equal(sampler.x, before)
-    assert sampler.advance(stopping=after(8))
-    undisturbed.advance()
+    assert take_step(sampler, after(10))
+    take_step(undisturbed)
     assert torch.equal(sampler.x, undisturbed.x)
 
 
@@ -175,9 +185,9 @@ def test_the_step_before_can_be_committed_where_a_neighbour_gave_up(context: Con
     """All workers commit the same step: that of the one that is furthest behind."""
     (share,) = shares_of(context, 1)
     sampler = Sampler(context, 0, share, 0, None)
-    sampler.advance()
+    take_step(sampler)
     first = sampler.x.clone()
-    sampler.advance()
+    take_step(sampler)
     sampler.commit("a", 1)
     np.testing.assert_array_equal(stored(context, "a"), first.numpy())
     sampler.commit("b", 2)
@@ -218,7 +228,7 @@ def test_tiles_without_a_pixel_that_counts_are_not_predicted(
 
     monkeypatch.setattr(Nearest, "predict_tiles", noted)
     (share,) = shares_of(context, 1)
-    Sampler(context, 0, share, 0, None).advance()
+    take_step(Sampler(context, 0, share, 0, None))
     # what counts ends at column 60 of the source, within latent 29; tiles begin at 0, 16, 32 and 36
     assert {tile.left for tile in asked} == {0, 16}
     assert len(asked) == 4
