@@ -21,7 +21,7 @@ import typer
 from pipeline.errors import GigasrError, Stopped
 from pipeline.events import Listener, Notice
 from pipeline.options import Given, takes_config
-from pipeline.progress import Log, download_line, json_object, listening
+from pipeline.progress import Log, download_line, json_object, listening, showing
 from pipeline.signals import Stopping, catching_signals
 
 INTERRUPTED = 130
@@ -111,13 +111,28 @@ def plan(
 
 
 @app.command()
-def status(run: RunArgument, as_json: JsonOption = False, debug: DebugOption = False) -> None:
-    """Show how far a run is."""
+def status(
+    run: RunArgument,
+    as_json: JsonOption = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Again every 2 s, until the run has ended.")] = False,
+    debug: DebugOption = False,
+) -> None:
+    """Show how far a run is, how fast, and who works on it: from its folder alone, on any machine."""
     with reporting(debug):
         from pipeline.status import read_status
 
-        found = read_status(run)
-        typer.echo(found.model_dump_json() if as_json else aligned(found.report()))
+        if not watch:
+            found = read_status(run)
+            typer.echo(found.model_dump_json() if as_json else aligned(found.report()))
+            return
+        from pipeline.status import watch_status
+
+        with showing(sys.stdout) as show:
+            for found in watch_status(run):
+                if as_json:
+                    typer.echo(found.model_dump_json())
+                else:
+                    show(aligned(found.report()))
 
 
 @app.command()

@@ -4,6 +4,7 @@ A plan is made without a GPU and without loading a network; it can be printed, a
 """
 
 import errno
+import functools
 import importlib.metadata
 import json
 import math
@@ -63,7 +64,7 @@ class Plan(Frozen):
 
     @property
     def architecture(self) -> StableSRConfig:
-        return StableSRConfig.from_json(self.network)
+        return _architecture(self.network)
 
     @property
     def canvas(self) -> Canvas:
@@ -118,7 +119,7 @@ class Plan(Frozen):
     def rectangles(self, speeds: Sequence[float], loads: Loads | None = None) -> tuple[list[Box], bool]:
         """How the block grid is shared out for sampling, and whether the shares stay in the workers' memory.
 
-        One share for each worker if that fits; else as many as it takes for each to fit, worked on in turn.
+        One share for each worker if that fits; else as many for each as it takes for them to fit, worked on in turn.
 
         Args:
             speeds: of the workers, relative to each other; only as many get a share as there are blocks.
@@ -128,8 +129,8 @@ class Plan(Frozen):
         even = Loads.even(blocks.rows, blocks.columns)
         n_workers = min(len(speeds), len(even))
         if self.resident_bytes > budget * len(speeds):
-            n_parts = min(math.ceil(self.resident_bytes / budget), len(even))
-            return share_out(even, [1.0] * n_parts), False
+            n_each = math.ceil(self.resident_bytes / budget / n_workers)  # for all as many: nobody waits for the last
+            return share_out(even, [1.0] * min(n_each * n_workers, len(even))), False
         fair = share_out(loads or even, speeds[:n_workers])
         largest = max(rectangle.height * rectangle.width for rectangle in fair)
         if largest * self.resident_bytes / len(even) > max(budget, self.resident_bytes / n_workers) * UNEVEN:
@@ -311,6 +312,12 @@ def make_plan(config: Config) -> Plan:
     )
     _check_room(plan)
     return plan
+
+
+@functools.lru_cache(maxsize=8)
+def _architecture(network: str) -> StableSRConfig:
+    """Remembered: the driver asks for the canvas some dozens of times for each block."""
+    return StableSRConfig.from_json(network)
 
 
 def _canvas(header: Header, config: Config, network: StableSRConfig) -> Canvas:

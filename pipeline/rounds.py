@@ -11,7 +11,6 @@ A round ends where work is to be shared out anew: a worker is lost, others have 
 was not committed is then computed again, from the latest commit, to the same bits.
 """
 
-import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -185,7 +184,7 @@ class Rounds:
 
     def _stream_step(self, rectangles: Sequence[Box], step: int, slot: str | None) -> None:
         """One step of all shares, one after another, from one slot to the other."""
-        started, next_slot = time.monotonic(), sample.other_slot(slot)
+        started, next_slot = self.supervisor.clock(), sample.other_slot(slot)
         self.store.unmark(f"sample/{self.layer}/{next_slot}")
         folder = f"stream/{self.layer}/{step + 1}"
         shares = {f"{folder}/{r.top}-{r.left}-{r.bottom}-{r.right}": Share(self.plan.canvas, r, streamed=True)
@@ -213,7 +212,7 @@ class Rounds:
         """All blocks of a step are in a slot: from now on it counts."""
         checksums = {block: value for share in written for block, value in share.items()}
         self.store.mark(f"sample/{self.layer}/{slot}", {"step": step, "checksums": checksums})
-        self.supervisor.tell(Committed(step, self.plan.steps, time.monotonic() - started))
+        self.supervisor.tell(Committed(step, self.plan.steps, self.supervisor.clock() - started))
 
 
 class _Round:
@@ -234,7 +233,7 @@ class _Round:
         self._reaches = {worker: [regions[i] for i in near[k]] for k, worker in enumerate(order)}
         self._under_way: deque[list[Any]] = deque()
         """Of each step that was asked for and is not taken: the handles of its end."""
-        self._began = self._heard = self._committed_at = time.monotonic()
+        self._began = self._heard = self._committed_at = self.supervisor.clock()
         self._first = step
         self._halted = False
         self._untold: list[Event] = []
@@ -256,7 +255,7 @@ class _Round:
         rounds.store.unmark(f"stream/{self.layer}")  # where a step was half streamed, commits are written now
         supervisor.gather([self._ask(worker, "load", self.layer, share, self.committed, self.slot)
                            for worker, share in self.shares.items()])  # fmt: skip
-        loading_s, self._began = time.monotonic() - self._began, time.monotonic()
+        loading_s, self._began = self.supervisor.clock() - self._began, self.supervisor.clock()
         self._heard = self._committed_at = self._began
         while self.taken < steps:
             due = self.asked == steps or self._is_due()
@@ -308,7 +307,7 @@ class _Round:
         told: list[Advanced] = self.supervisor.gather(self._under_way[0], self._halt)
         self._under_way.popleft()
         reached = min(advanced.step for advanced in told)
-        now = time.monotonic()
+        now = self.supervisor.clock()
         if reached > self.taken:
             for worker, advanced in zip(self.shares, told, strict=True):
                 self.rounds.measured(worker, advanced.tiles, advanced.predicting_s)
@@ -337,7 +336,7 @@ class _Round:
 
     def _commit(self) -> None:
         """Write x_t to the other slot, and seal it."""
-        started, slot = time.monotonic(), sample.other_slot(self.slot)
+        started, slot = self.supervisor.clock(), sample.other_slot(self.slot)
         self.rounds.store.unmark(f"sample/{self.layer}/{slot}")
         while True:
             try:
@@ -350,7 +349,7 @@ class _Round:
                 self.supervisor.be_patient(refusal)
         self.supervisor.is_served()
         self.slot, self.committed = slot, self.taken
-        self._heard = self._committed_at = time.monotonic()
+        self._heard = self._committed_at = self.supervisor.clock()
         self.rounds.relax()
 
     def abandon(self) -> int:

@@ -34,6 +34,7 @@ from pipeline.stages import decode, encode, export, ingest, overviews, sample
 from pipeline.status import newest_slot, stage_counts
 from pipeline.store import RunStore, unit_name
 from pipeline.supervisor import Supervisor, Task
+from pipeline.telemetry import Telemetry
 from pipeline.workers import LocalWorkers, Workers
 from stablesr.box import Box
 
@@ -67,16 +68,19 @@ def run(config: Config, listener: Listener = lambda event: None, stopping: Stopp
     try:
         with store.locked():
             resumed = _open(plan, store)
-            listener(RunStarted(str(config.folder), config.source, config.output, resumed))
-            if is_untrained(config.model.weights):
-                listener(Notice(UNTRAINED.format(config.model.weights), warning=True))
-            workers = _make_workers(plan, config.folder, stopping)
-            try:
-                stopping.install()  # Ray has put its own handlers in their place
-                _Driver(plan, store, Supervisor(plan, store, workers, listener, stopping)).run()
-            finally:
-                workers.close()
-            output = _finish(plan, store)
+            with Telemetry(config.folder, plan.steps) as telemetry:
+                listener = telemetry.before(listener)
+                listener(RunStarted(str(config.folder), config.source, config.output, resumed))
+                if is_untrained(config.model.weights):
+                    listener(Notice(UNTRAINED.format(config.model.weights), warning=True))
+                workers = _make_workers(plan, config.folder, stopping)
+                try:
+                    stopping.install()  # Ray has put its own handlers in their place
+                    with telemetry.published_by(workers.publish):
+                        _Driver(plan, store, Supervisor(plan, store, workers, listener, stopping)).run()
+                finally:
+                    workers.close()
+                output = _finish(plan, store)
             if not config.run.keep:
                 shutil.rmtree(config.folder, ignore_errors=True)
     except BaseException:

@@ -62,8 +62,21 @@ class _Asked:
 class Supervisor:
     """Asks workers, waits for them, and notices what becomes of them."""
 
-    def __init__(self, plan: Plan, store: RunStore, workers: Workers, listener: Listener, stopping: Stopping) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        store: RunStore,
+        workers: Workers,
+        listener: Listener,
+        stopping: Stopping,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """
+        Args:
+            clock: seconds from whenever; that of the workers, where they are simulated.
+        """
         self.plan, self.store, self.workers, self.stopping = plan, store, workers, stopping
+        self.clock = clock
         self._listener = listener
         self.n_lost = 0
         """Workers, so far."""
@@ -94,7 +107,7 @@ class Supervisor:
         Raises:
             WorkFailed: if none comes.
         """
-        begun, told = time.monotonic(), False
+        begun, told = self.clock(), False
         while True:
             self.watch()
             if live := self.workers.live():
@@ -103,7 +116,7 @@ class Supervisor:
             if not told:
                 self.tell(Notice("no worker is left; waiting for one", warning=True))
                 told = True
-            if time.monotonic() - begun > NO_WORKER_S:
+            if self.clock() - begun > NO_WORKER_S:
                 raise WorkFailed(
                     f"no worker came within {NO_WORKER_S:.0f} s\n"
                     "hint: `ray status` tells what the cluster lacks; the same command goes on"
@@ -200,9 +213,10 @@ class Supervisor:
         except Exception as error:
             if isinstance(error, GigasrError) and not isinstance(error, BlockFailed):
                 raise
-            self._count_failure(task, error)
-            # It may have been the worker: a GPU that has failed once fails for the rest of its process.
-            self.workers.discard(asked.worker, f"it raised {type(error).__name__} and is not trusted any more")
+            if asked.worker in self.workers.live():
+                self._count_failure(task, error)
+                # It may have been the worker: a GPU that has failed once fails for the rest of its process.
+                self.workers.discard(asked.worker, "it raised an error, and is not trusted any more")
             return False
         self.is_served()
         return True
@@ -245,7 +259,7 @@ class Supervisor:
         Raises:
             StoreFailed: the refusal, if it has been refusing for too long.
         """
-        now = time.monotonic()
+        now = self.clock()
         if self._refused_since is None:
             self._refused_since, self._pause = now, FIRST_PAUSE_S
         patience = self.plan.config.run.patience_seconds
@@ -254,7 +268,7 @@ class Supervisor:
         pause = min(self._pause, patience - (now - self._refused_since))
         self.tell(Notice(f"{_first_line(refusal)}; trying again in {pause:.1f} s", warning=True))
         self._pause = min(2 * self._pause, LONGEST_PAUSE_S)
-        while (left := now + pause - time.monotonic()) > 0:
+        while (left := now + pause - self.clock()) > 0:
             self.stop_if_asked()
             time.sleep(min(left, POLL_S))
 

@@ -23,6 +23,7 @@ from pipeline.stages import decode, encode, ingest, overviews
 from pipeline.stages.context import Context
 from pipeline.stages.sample import Sampler, Travelling
 from pipeline.store import RunStore, unit_name
+from pipeline.telemetry import Snapshot
 from stablesr.box import Box
 
 HOLD_TIMEOUT_S = 60.0
@@ -324,7 +325,7 @@ class Workers(Protocol):
         """Look after the workers: who died, who hangs, who is new; to be called often. What has happened."""
 
     def discard(self, worker: int, why: str) -> None:
-        """End a worker that cannot be trusted; another may take its place."""
+        """End a worker that cannot be trusted, unless it is gone already; another may take its place."""
 
     def halt(self) -> None:
         """Have all workers give up the diffusion steps that they are taking, but such that all of them have been where
@@ -332,6 +333,9 @@ class Workers(Protocol):
 
     def give_up(self) -> None:
         """Have all workers give up the diffusion steps that they are taking, wherever they are."""
+
+    def publish(self, snapshot: Snapshot) -> None:
+        """Show the figures of the run where the workers are watched; called from another thread."""
 
     def close(self) -> None:
         """End the workers."""
@@ -390,7 +394,8 @@ class LocalWorkers:
         return events
 
     def discard(self, worker: int, why: str) -> None:
-        del self._workers[worker]
+        if self._workers.pop(worker, None) is None:
+            return
         self._events.append(WorkerLeft(worker, why))
         self._start()
 
@@ -399,6 +404,9 @@ class LocalWorkers:
 
     def give_up(self) -> None:
         """Nothing runs while this process can call."""
+
+    def publish(self, snapshot: Snapshot) -> None:
+        """Nobody watches this process."""
 
     def close(self) -> None:
         self._workers = {}

@@ -80,8 +80,10 @@ class TileGrid:
 
     def touching(self, region: Box) -> list[Box]:
         """Every tile that covers some of a region, in tile order."""
-        tops = [t for t in self.tops if t < region.bottom and t + self.tile_height > region.top]
-        lefts = [le for le in self.lefts if le < region.right and le + self.tile_width > region.left]
+        rows = self.height, self.tile_height, self.tile_height - self.overlap
+        columns = self.width, self.tile_width, self.tile_width - self.overlap
+        tops = _starts_touching(*rows, region.top, region.bottom)
+        lefts = _starts_touching(*columns, region.left, region.right)
         return [Box(t, le, t + self.tile_height, le + self.tile_width) for le in lefts for t in tops]
 
     def scaled(self, factor: int) -> "TileGrid":
@@ -99,6 +101,14 @@ def tile_starts(extent: int, tile: int, stride: int) -> list[int]:
     """
     last = extent - tile
     return [*range(0, last, stride), last]
+
+
+def _starts_touching(extent: int, tile: int, stride: int, start: int, stop: int) -> list[int]:
+    """Those of `tile_starts` whose tiles touch an interval; in no more time than there are of them."""
+    last = extent - tile
+    before = range(0, last, stride)
+    found = [*before[max((start - tile) // stride + 1, 0) : max(-(-stop // stride), 0)]]
+    return [*found, last] if last < stop and last + tile > start else found
 
 
 # What is cached is made outside inference mode, so that a run within it leaves nothing behind that autograd refuses.

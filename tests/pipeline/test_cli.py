@@ -531,6 +531,15 @@ def test_status_prints_what_was_read(stand_in: StandIn) -> None:
     assert json.loads(gigasr("status", "a.run", "--json").out) == {"folder": "a.run"}
 
 
+def test_status_is_printed_again_and_again_until_the_run_has_ended(stand_in: StandIn) -> None:
+    def found(n: int) -> SimpleNamespace:
+        return SimpleNamespace(report=lambda: [("encode", f"{n} of 2")], model_dump_json=lambda: f'{{"done": {n}}}')
+
+    stand_in("status", read_status=raising(AssertionError), watch_status=lambda folder: map(found, (1, 2)))
+    assert gigasr("status", "a.run", "--watch").out == "encode  1 of 2\n\nencode  2 of 2\n\n"
+    assert gigasr("status", "a.run", "--watch", "--json").out == '{"done": 1}\n{"done": 2}\n'
+
+
 @pytest.mark.parametrize(
     ("damaged", "code", "printed"),
     [
