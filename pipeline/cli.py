@@ -6,11 +6,12 @@ Results go to stdout; progress and errors to stderr. Everything heavy is importe
 
 import json
 import logging
+import os
 import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -75,7 +76,7 @@ def upscale(given: Given, *, log: LogOption = None, quiet: QuietOption = False, 
     """
     with reporting(debug, log):
         config = given.config()
-        with at_work(log, quiet) as (listen, stopping):
+        with at_work(log, quiet, debug) as (listen, stopping):
             from pipeline.run import run
 
             written = run(config, listen, stopping)
@@ -166,7 +167,7 @@ def demo(
 ) -> None:
     """Upscale a photograph with the embedded network, on the CPU, in a minute or two."""
     with reporting(debug, log):
-        with at_work(log, quiet) as (listen, stopping):
+        with at_work(log, quiet, debug) as (listen, stopping):
             from pipeline.demo import make_demo
 
             made = make_demo(folder, listen, stopping)
@@ -265,9 +266,14 @@ def talking(log: Log | None, quiet: bool) -> Iterator[Listener]:
 
 
 @contextmanager
-def at_work(log: Log | None, quiet: bool) -> Iterator[tuple[Listener, Stopping]]:
-    """What a run is given: somebody to tell, and somebody to ask whether to stop."""
+def at_work(log: Log | None, quiet: bool, debug: bool = False) -> Iterator[tuple[Listener, Stopping]]:
+    """What a run is given: somebody to tell, and somebody to ask whether to stop.
+
+    Within, nobody else writes to stdout: Ray prints there whatever happens to a worker, which the run says, too.
+    """
     with (
+        open(os.devnull, "w") as nowhere,
+        redirect_stdout(sys.stderr if debug else nowhere),
         talking(log, quiet) as listen,
         catching_signals(lambda message: listen(Notice(message, warning=True))) as stopping,
     ):

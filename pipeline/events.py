@@ -55,7 +55,7 @@ class StepTaken:
     seconds: float
     """Since the step before, or the beginning of the round."""
     tiles: int
-    """That went through the network."""
+    """That went through the network; this and what follows is 0 where latents are streamed."""
     predicting_s: float
     """Spent on that by all workers together."""
     sent_bytes: int

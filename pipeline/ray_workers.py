@@ -38,10 +38,10 @@ GRACE_S = 30.0
 """Once the first is ready, for the others that there is room for: a run that starts alone is shared out again soon."""
 
 WATCH_S = 1.0
-"""How often workers are asked for their pulse, and the cluster for room for more."""
+"""How often workers are looked after, and the cluster is asked for room for more."""
 
-PULSES = 100
-"""Workers that are asked for their pulse at a time, in turn; each costs the driver a third of a millisecond."""
+PULSES_PER_S = 100
+"""That are felt of all workers together: of many, each less often."""
 
 START_FAILURES = 5
 """Workers that die before they are ready, one after another: then there is something wrong with all of them."""
@@ -62,8 +62,9 @@ class _Member:
     ready: Any
     """The handle of its first answer; None once it takes part."""
     pulse: Any = None
-    """The handle of the answer that is awaited."""
-    asked: float = 0.0
+    """The handle of its pulse, while that is awaited."""
+    asked: float = float("-inf")
+    """When that was asked for last."""
 
 
 class RayWorkers:
@@ -169,8 +170,7 @@ class RayWorkers:
             self._watched = now
             for number in [number for number, member in self._members.items() if member.ready is not None]:
                 self._welcome(number)
-            for number in sorted(self.live(), key=lambda number: self._members[number].asked)[:PULSES]:
-                self._feel_pulse(number, now)
+            self._feel_pulses(now)
             for _ in range(self._room() - len(self._members)):
                 self._hire()
         events, self._events = self._events, []
@@ -180,6 +180,8 @@ class RayWorkers:
         """How many workers there could be."""
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         config = self._plan.config
+        if not nodes and self._started and config.run.address is None:
+            raise WorkFailed("Ray has died on this machine\nhint: the same command starts it again, and goes on")
         cores, on_gpu = self._cores(nodes)
         room = sum(int(node.get("GPU", 0)) if on_gpu else int(node.get("CPU", 0)) // cores for node in nodes)
         limit = config.run.max_workers
@@ -230,23 +232,23 @@ class RayWorkers:
         self._failed_starts, member.ready = 0, None
         self._events.append(WorkerJoined(number, device, node))
 
-    def _feel_pulse(self, number: int, now: float) -> None:
-        """Ask a worker what it is doing, and whether that has been so for too long."""
-        member, run = self._members[number], self._plan.config.run
-        if member.pulse is None:
-            member.pulse, member.asked = self._control(member, "pulse"), now
-            return
-        if not _is_there(member.pulse):
-            if now - member.asked > run.hang_seconds:
+    def _feel_pulses(self, now: float) -> None:
+        """Ask workers what they are doing, and whether that has been so for too long."""
+        live = {number: member for number, member in self._members.items() if member.ready is None}
+        awaited = [member.pulse for member in live.values() if member.pulse is not None]
+        there = {*ray.wait(awaited, num_returns=len(awaited), timeout=0, fetch_local=False)[0]} if awaited else set()
+        hang_seconds = self._plan.config.run.hang_seconds
+        for number, member in live.items():
+            if member.pulse in there:
+                handle, member.pulse = member.pulse, None
+                with contextlib.suppress(WorkerLost):  # and it has been discarded
+                    pulse: Pulse = self.get(handle)
+                    if pulse.doing is not None and pulse.still_s > deadline_s(hang_seconds, pulse.longest_s):
+                        self.discard(number, f"{pulse.doing} has got nowhere for {pulse.still_s:.0f} s")
+            elif member.pulse is None and now - member.asked >= len(live) / PULSES_PER_S:
+                member.pulse, member.asked = self._control(member, "pulse"), now
+            elif member.pulse is not None and now - member.asked > hang_seconds:
                 self.discard(number, f"it has not answered for {now - member.asked:.0f} s")
-            return
-        try:
-            pulse: Pulse = self.get(member.pulse)
-        except WorkerLost:
-            return  # and it has been discarded
-        member.pulse = None
-        if pulse.doing is not None and pulse.still_s > deadline_s(run.hang_seconds, pulse.longest_s):
-            self.discard(number, f"{pulse.doing} has got nowhere for {pulse.still_s:.0f} s")
 
     def discard(self, worker: int, why: str) -> None:
         member = self._members.pop(worker, None)

@@ -62,6 +62,7 @@ class Rounds:
             slot, step = newest_slot(self.store, self.layer)
             if step == plan.steps:
                 return
+            self.supervisor.stop_if_asked()
             crew = self._fastest(self.supervisor.crew())
             rectangles, resident = plan.rectangles(self._speeds_of(crew), self._loads)
             if not resident:
@@ -197,6 +198,7 @@ class Rounds:
 
         self.supervisor.fan_out("sample", tasks())
         self.supervisor.stop_if_asked()  # a share may have been given up
+        self.supervisor.tell(StepTaken(step + 1, self.supervisor.clock() - started, 0, 0.0, 0))
         self.seal(next_slot, step + 1, [self.store.marker(unit) or {} for unit in shares], started)
         self.store.unmark(folder)
 

@@ -206,9 +206,9 @@ class _Driver:
         self.supervisor.stop_if_asked()
         work()
         workers = self.supervisor.workers
-        for worker in workers.live():
+        for handle in [workers.ask(worker, "rest") for worker in workers.live()]:
             with suppress(WorkerLost):  # it has nothing to give back, then
-                self.supervisor.gather([workers.ask(worker, "rest")])
+                self.supervisor.gather([handle])
         self._tell(StageFinished(stage, time.monotonic() - started))
 
     # Ingest

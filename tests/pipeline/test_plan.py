@@ -169,6 +169,7 @@ def test_the_rows_of_a_report(plan_of: Callable[..., Plan], scene: Path, tmp_pat
         pytest.param(4.0, 9, 4, True, id="more-workers-than-blocks"),
         pytest.param(0.01, 1, 2, False, id="half-of-6.5-MiB-must-fit-into-half-of-10"),
         pytest.param(0.01, 2, 2, True, id="two-workers-have-it"),
+        pytest.param(0.002, 2, 4, False, id="as-many-parts-for-each-worker"),
         pytest.param(1e-5, 1, 4, False, id="no-part-is-less-than-a-block"),
     ],
 )
