@@ -18,6 +18,9 @@ TORCH_INDEX ?= auto
 CPU_BUILDS := https://download.pytorch.org/whl/cpu
 
 BIN := $(VENV)/bin
+# In two processes that compute with one thread each: threads of PyTorch that are more than there are cores for wait for
+# each other most of the time.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 # Stamps of what the environment has. They come last: a broken install is tried again.
@@ -32,10 +35,10 @@ demo: $(if $(wildcard $(READY)),$(READY),$(FOR_DEMO))
 	$(BIN)/gigasr demo gigasr-demo
 
 test: check
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: check
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 check: $(READY)
 	$(BIN)/ruff format --check .

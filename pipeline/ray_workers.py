@@ -104,7 +104,7 @@ class RayWorkers:
             now, ready = time.monotonic(), len(self.live())
             if ready and first is None:
                 first = now
-            if ready and (ready >= self._room() or now - (first or now) > GRACE_S):
+            if ready and (ready >= self._room()[0] or now - (first or now) > GRACE_S):
                 return
             if not ready and now - begun > START_TIMEOUT_S:
                 raise WorkFailed(
@@ -171,47 +171,41 @@ class RayWorkers:
             for number in [number for number, member in self._members.items() if member.ready is not None]:
                 self._welcome(number)
             self._feel_pulses(now)
-            for _ in range(self._room() - len(self._members)):
-                self._hire()
+            self._hire()
         events, self._events = self._events, []
         return events
 
-    def _room(self) -> int:
-        """How many workers there could be."""
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        config = self._plan.config
+    def _room(self) -> tuple[int, int, bool]:
+        """How many workers there could be, the CPU cores of each, and whether they have a GPU each.
+
+        Without a GPU a worker gets all cores of its machine, the smallest of the cluster; Ray sets the threads of
+        PyTorch by this number.
+        """
+        nodes, config = [node["Resources"] for node in ray.nodes() if node["Alive"]], self._plan.config
         if not nodes and self._started and config.run.address is None:
             raise WorkFailed("Ray has died on this machine\nhint: the same command starts it again, and goes on")
-        cores, on_gpu = self._cores(nodes)
+        on_gpu = config.model.device != "cpu" and any(node.get("GPU", 0) >= 1 for node in nodes)
+        machines = [int(node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1]
+        cores = 1 if on_gpu else config.run.cores or min(machines, default=1)
         room = sum(int(node.get("GPU", 0)) if on_gpu else int(node.get("CPU", 0)) // cores for node in nodes)
         limit = config.run.max_workers
         if limit is not None and config.run.address is not None:
-            return limit  # what waits for room is what makes a cluster grow
-        return room if limit is None else min(room, limit)
-
-    def _cores(self, nodes: Sequence[dict[str, float]]) -> tuple[int, bool]:
-        """CPU cores of a worker, and whether it has a GPU.
-
-        Without a GPU it gets all cores of its machine, the smallest of the cluster; Ray sets the threads of PyTorch by
-        this number.
-        """
-        config = self._plan.config
-        if config.model.device != "cpu" and any(node.get("GPU", 0) >= 1 for node in nodes):
-            return 1, True
-        machines = [int(node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1]
-        return config.run.cores or min(machines, default=1), False
+            return limit, cores, on_gpu  # what waits for room is what makes a cluster grow
+        return room if limit is None else min(room, limit), cores, on_gpu
 
     def _hire(self) -> None:
-        cores, on_gpu = self._cores([node["Resources"] for node in ray.nodes() if node["Alive"]])
-        remote: Any = ray.remote(  # type: ignore[call-overload]  # Ray's stubs lack concurrency_groups
-            num_cpus=cores,
-            num_gpus=1 if on_gpu else 0,
-            max_restarts=0,
-            max_task_retries=0,
-            concurrency_groups={"control": 2},
-        )
-        actor = remote(self._kind).remote(self._plan, self._folder)
-        self._members[next(self._numbers)] = _Member(actor, actor.do.options(name="ready").remote("ready"))
+        """Start workers where there is room."""
+        room, cores, on_gpu = self._room()
+        for _ in range(room - len(self._members)):
+            remote: Any = ray.remote(  # type: ignore[call-overload]  # Ray's stubs lack concurrency_groups
+                num_cpus=cores,
+                num_gpus=1 if on_gpu else 0,
+                max_restarts=0,
+                max_task_retries=0,
+                concurrency_groups={"control": 2},
+            )
+            actor = remote(self._kind).remote(self._plan, self._folder)
+            self._members[next(self._numbers)] = _Member(actor, actor.do.options(name="ready").remote("ready"))
 
     def _welcome(self, number: int) -> None:
         """Let a worker take part if it is ready."""

@@ -50,6 +50,7 @@ class Rounds:
     """Of workers, in tiles a second."""
     _cautious: int = 0
     """After a loss, in how many steps the next commit is due; 0 if it is due by time."""
+    _known_loads: Loads | None = None
 
     @property
     def workers(self) -> Workers:
@@ -95,8 +96,6 @@ class Rounds:
         if self._known_loads is None:
             self._known_loads = self._count_tiles()
         return self._known_loads
-
-    _known_loads: Loads | None = None
 
     def _count_tiles(self) -> Loads:
         canvas = self.plan.canvas

@@ -109,7 +109,7 @@ def test_a_worker_that_dies_at_any_question_leaves_no_trace(
     count = n_asked(config, fated, 2)
     Path(config.output).unlink()
     chance = random.Random(f"{how} {memory}")
-    for at in sorted({0, count - 1, *chance.sample(range(count), 10)}):
+    for at in sorted({0, count - 1, *chance.sample(range(count), 5)}):
         marked, listening = Marked(monkeypatch), Listening()
         fated(lambda asked, at=at: how if asked.n == at else None)
         assert run(config, listening).read_bytes() == undisturbed
@@ -364,7 +364,7 @@ def test_a_disk_that_refuses_for_a_while_is_waited_for(
         counting = Refusing(patch, after=10**9, n=0)
         run(config)
     Path(config.output).unlink()
-    for after in random.Random(memory).sample(range(counting.n_writes), 6):
+    for after in random.Random(memory).sample(range(counting.n_writes), 4):
         with monkeypatch.context() as patch:
             refusing, listening = Refusing(patch, after, 3), Listening()
             assert run(config, listening).read_bytes() == undisturbed
