@@ -29,7 +29,7 @@ from pipeline.events import Event, WorkerJoined, WorkerLeft
 from pipeline.plan import GIB, Plan
 from pipeline.ray_metrics import RayMetrics
 from pipeline.telemetry import Snapshot
-from pipeline.workers import Pulse, Worker, deadline_s
+from pipeline.worker import Pulse, Worker, deadline_s
 
 START_TIMEOUT_S = 600.0
 """For the first worker to load its network, a download of weights not included."""

@@ -25,7 +25,8 @@ from pipeline.stages import encode, sample
 from pipeline.status import newest_slot
 from pipeline.store import RunStore
 from pipeline.supervisor import Supervisor, Task
-from pipeline.workers import Advanced, Workers
+from pipeline.worker import Advanced
+from pipeline.workers import Workers
 from stablesr.box import Box
 
 LONGEST_COMMIT_INTERVAL_S = 600.0

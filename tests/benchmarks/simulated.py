@@ -21,7 +21,7 @@ from pipeline.plan import Plan
 from pipeline.ray_workers import PULSES_PER_S, WATCH_S
 from pipeline.stages import decode, encode
 from pipeline.store import RunStore, _sealed, unit_name
-from pipeline.workers import Advanced
+from pipeline.worker import Advanced
 from stablesr.box import Box
 from tests.benchmarks.sleepy import touching
 

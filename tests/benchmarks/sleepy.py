@@ -16,7 +16,7 @@ from pipeline.plan import Plan, make_plan
 from pipeline.stages import encode, sample
 from pipeline.stages.sample import Travelling
 from pipeline.store import RunStore
-from pipeline.workers import Advanced, Worker
+from pipeline.worker import Advanced, Worker
 from stablesr.aggregation import Prediction, in_batches
 from stablesr.box import Box
 from stablesr.config import UNetConfig

@@ -425,7 +425,7 @@ from pipeline.errors import Stopped
 def run(config, listener, stopping):
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # as ray.init() may
     stopping.install()
-    print("running", flush=True)
+    print("running", file=sys.__stdout__, flush=True)  # what is printed in a run is not shown
     while not (stopping() and config.sampling.prompt == "polite"):
         time.sleep(0.01)
     raise Stopped("stopped after step 3 of 8; the same command goes on")

@@ -17,7 +17,8 @@ from pipeline.errors import ConfigError, OutputError, RunMismatch
 from pipeline.events import Committed, Event, Notice, RunStarted, StageStarted, UnitsDone
 from pipeline.run import run
 from pipeline.stages.sample import Sampler
-from pipeline.workers import LocalWorkers, Worker
+from pipeline.worker import Worker
+from pipeline.workers import LocalWorkers
 from stablesr import PRESETS
 from stablesr.loading import random_model
 from tests.pipeline.rasters import (

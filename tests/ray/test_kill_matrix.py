@@ -19,7 +19,7 @@ from pipeline.config import Config
 from pipeline.events import Event, StepTaken, UnitsDone, WorkerJoined, WorkerLeft
 from pipeline.ray_workers import RayWorkers
 from pipeline.run import run
-from pipeline.workers import Worker
+from pipeline.worker import Worker
 from tests.pipeline.rasters import Listening, pattern, rehearsal, write_raster
 from tests.ray.conftest import Machines
 

@@ -15,7 +15,7 @@ from pipeline.events import Committed, Event, Notice, StageStarted, StepTaken, U
 from pipeline.plan import Plan, make_plan
 from pipeline.ray_workers import RayWorkers
 from pipeline.run import run
-from pipeline.workers import Worker
+from pipeline.worker import Worker
 from tests.pipeline.rasters import Listening, StopWhen, pattern, rehearsal, write_raster
 
 ray = pytest.importorskip("ray")

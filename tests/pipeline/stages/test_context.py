@@ -21,7 +21,7 @@ from pipeline.raster.radiometry import Stretch
 from pipeline.stages import ingest
 from pipeline.stages.context import CHANNELS, Context, as_tensor
 from pipeline.store import RunStore
-from pipeline.workers import Worker
+from pipeline.worker import Worker
 from stablesr.box import Box
 from stablesr.resize import BICUBIC_REACH, reflect_to, upscale_bicubic
 from tests.pipeline.rasters import pattern, rehearsal, repeated, write_raster
