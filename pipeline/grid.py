@@ -257,17 +257,15 @@ def around(region: Box, inner: Box | None) -> list[Box]:
 
 def neighbours(shares: Sequence[Share]) -> list[list[int]]:
     """For each share, which others may need some of its tiles: an exchange goes both ways."""
-    found: list[list[int]] = [[] for _ in shares]
+    found: list[list[int]] = []
     of_block = {index: i for i, share in enumerate(shares) for index in _edge(share.rectangle)}
-    blocks = shares[0].canvas.blocks if shares else None
     for i, share in enumerate(shares):
-        assert blocks is not None
-        # The other's region reaches as far beyond its blocks as ours does beyond ours, about: half a tile and more.
-        near = share.region
-        reach = max(share.canvas.tiles.tile_height, share.canvas.tiles.tile_width)
-        seen = Box(near.top - reach, near.left - reach, near.bottom + reach, near.right + reach)
-        others = {of_block[index] for index in blocks.touching(seen) if index in of_block} - {i}
-        found[i] = sorted(other for other in others if shares[other].region.overlap(share.region))
+        # The others' regions reach beyond their blocks, too, by less than a tile.
+        tiles, region = share.canvas.tiles, share.region
+        reach = max(tiles.tile_height, tiles.tile_width)
+        seen = Box(region.top - reach, region.left - reach, region.bottom + reach, region.right + reach)
+        near = {of_block[index] for index in share.canvas.blocks.touching(seen) if index in of_block} - {i}
+        found.append(sorted(other for other in near if shares[other].region.overlap(region)))
     return found
 
 
@@ -312,11 +310,11 @@ class Loads:
     @classmethod
     def of_tiles(cls, canvas: Canvas) -> "Loads":
         """The number of tiles that have their home in each block."""
-        tiles, blocks = canvas.tiles, canvas.blocks
-        of_rows = [len(_ours(tiles.tops, tiles.tile_height, top, top + canvas.block, False))
-                   for top in range(0, blocks.height, canvas.block)]  # fmt: skip
-        of_columns = [len(_ours(tiles.lefts, tiles.tile_width, left, left + canvas.block, False))
-                      for left in range(0, blocks.width, canvas.block)]  # fmt: skip
+        tiles, blocks, side = canvas.tiles, canvas.blocks, canvas.block
+        tops, lefts = tiles.tops, tiles.lefts
+        of_rows = [len(_ours(tops, tiles.tile_height, top, top + side, False)) for top in range(0, blocks.height, side)]
+        of_columns = [len(_ours(lefts, tiles.tile_width, left, left + side, False))
+                      for left in range(0, blocks.width, side)]  # fmt: skip
         return cls([[row * column for column in of_columns] for row in of_rows])
 
     def __len__(self) -> int:
@@ -352,16 +350,13 @@ def _halved(box: Box, loads: Loads, speeds: Sequence[float]) -> Iterator[Box]:
     if len(speeds) == 1:
         yield box
         return
-    longer, other = (_best_cut(box, loads, speeds, by_rows) for by_rows in _both(box.height >= box.width))
+    tall = box.height >= box.width
+    longer, other = (_best_cut(box, loads, speeds, by_rows) for by_rows in (tall, not tall))
     cut = other if longer is None or (other is not None and other[0] < FAIRER * longer[0]) else longer
     assert cut is not None
     _, n, first, second = cut
     yield from _halved(first, loads, speeds[:n])
     yield from _halved(second, loads, speeds[n:])
-
-
-def _both(first: bool) -> tuple[bool, bool]:
-    return first, not first
 
 
 def _best_cut(box: Box, loads: Loads, speeds: Sequence[float], by_rows: bool) -> tuple[float, int, Box, Box] | None:
